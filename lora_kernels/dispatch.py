@@ -98,12 +98,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Turns a requested implementation into one that can run: "triton", "eager" or "reference".
+    """Turns what was `requested` into what can run: "triton", "eager" or "reference".
+
+    It reads no override, so forward and backward come to the same. Custom ops call it in their
+    bodies, which torch.compile does not trace.
 
     Raises:
         ValueError: "triton" is asked for by name and cannot run; the message says why.
     """
-    impl = requested(impl)
     if impl in ("eager", "reference"):
         return impl
     reason = why_not_triton(device, dtype)
