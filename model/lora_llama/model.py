@@ -1,0 +1,385 @@
+"""A Llama whose attention and MLP are built from LoRA layers: read it from top to bottom.
+
+    hidden_states [B, T, hidden]    q [B, H, T, D]    k, v [B, H_kv, T, D]    labels [B, T]
+
+Every projection (q, k, v, o, gate, up, down) is a `LoraLinear`, which without an adapter is a plain
+linear layer; q, k, v and gate, up are each one grouped operation. Names of modules and weights are
+transformers' (models/llama/modeling_llama.py), so checkpoints and PEFT adapters fit unchanged.
+Attention, masks, caches, rotary tables, generation and the loss are transformers' own.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+
+from lora_kernels import apply_rotary_pos_emb, inject_lora
+from lora_kernels import adapters as model_adapters
+from lora_kernels.config import LoraConfig
+from lora_kernels.layers import LoraLinear, active_adapters, grouped_projection, lora_layers
+from lora_llama import loading
+
+
+class LoraAttention(nn.Module):
+    """Multi-head attention with grouped-query heads, fused RoPE and adapters on q, k, v and o."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        bias = config.attention_bias
+        self.q_proj = LoraLinear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = LoraLinear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = LoraLinear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = LoraLinear(heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch_and_length = hidden_states.shape[:-1]
+        q, k, v = (
+            projected.view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
+            for projected in grouped_projection(
+                hidden_states, (self.q_proj, self.k_proj, self.v_proj)
+            )
+        )
+        cos, sin = position_embeddings
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*batch_and_length, -1)), weights
+
+
+class LoraMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) with adapters on all three."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = LoraLinear(hidden, inner, bias=bias)
+        self.up_proj = LoraLinear(hidden, inner, bias=bias)
+        self.down_proj = LoraLinear(inner, hidden, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = grouped_projection(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class LoraTransformerBlock(GradientCheckpointingLayer):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LoraAttention(config, layer_idx)
+        self.mlp = LoraMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if position_embeddings is None:
+            raise ValueError("position_embeddings: expected (cos, sin), got None")
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LoraLlamaModel(LlamaModel):
+    """Embedding, blocks and final norm. Positions, causal masks and caches are `LlamaModel`'s."""
+
+    _no_split_modules = ["LoraTransformerBlock"]
+    _can_record_outputs = {"hidden_states": LoraTransformerBlock, "attentions": LoraAttention}
+
+    def __init__(self, config: LlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            LoraTransformerBlock(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class LoraLlamaForCausalLM(LlamaForCausalLM):
+    """A causal language model on `LoraLlamaModel`, with named adapters; works with `generate`.
+
+    The forward pass, the loss over every unmasked position and generation are LlamaForCausalLM's.
+
+    Args:
+        config: transformers' Llama configuration.
+        lora: the first adapter; without one the model is a plain Llama.
+        adapter_name: the first adapter's name.
+    """
+
+    _no_split_modules = ["LoraTransformerBlock"]
+    _can_record_outputs = LoraLlamaModel._can_record_outputs
+    # An adapter that was just created is not in the base checkpoint.
+    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]\."]
+
+    def __init__(
+        self, config: LlamaConfig, lora: LoraConfig | None = None, adapter_name: str = "default"
+    ) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = LoraLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lora_configs: dict[str, LoraConfig] = {}
+        if lora is not None:
+            inject_lora(self, lora, adapter_name)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        lora: LoraConfig | None = None,
+        adapter_name: str = "default",
+        gguf_file: str | None = None,
+        **kwargs: Any,
+    ) -> "LoraLlamaForCausalLM":
+        """Loads a Llama checkpoint (safetensors, sharded or not, or GGUF), or an adapter with it.
+
+        The adapter is created on the meta device and takes memory only once the weights arrive.
+
+        Args:
+            pretrained_model_name_or_path: a directory or hub id of a Llama, or a directory of
+                PEFT's two adapter files, whose base model is then loaded first.
+            lora: a new adapter to create.
+            adapter_name: its name, or the loaded adapter's.
+            gguf_file: a GGUF file in the directory; it is dequantised to `dtype`, and the model can
+                then be trained and saved like any other.
+            kwargs: transformers' `from_pretrained` options (`dtype`, `device_map`,
+                `attn_implementation`, ...).
+
+        Raises:
+            ValueError: the checkpoint is no Llama's, or weights are missing from it (all named).
+            OSError: there is no such model, or it has no safetensors file.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if loading.is_adapter_directory(path):
+            if lora is not None:
+                raise ValueError(f"lora: {path} holds an adapter already; leave lora=None")
+            base = loading.base_model_of(path)
+            model = cls.from_pretrained(base, *args, gguf_file=gguf_file, **kwargs)
+            model.load_adapter(path, adapter_name)
+            return model
+        loading.check_is_llama(path, gguf_file, **kwargs)
+        if gguf_file is not None:
+            return loading.from_gguf(cls, path, gguf_file, lora, adapter_name, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            path,
+            *args,
+            lora=lora,
+            adapter_name=adapter_name,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{path}: weights are missing: {sorted(info['missing_keys'])}")
+        model.prepare_adapters()
+        return (model, info) if wants_info else model
+
+    def prepare_adapters(self) -> None:
+        """Initialises the adapters that came off the meta device, and freezes all else.
+
+        Loading gives every parameter a new tensor, which knows neither. Without an adapter nothing
+        changes.
+        """
+        if not self.lora_configs:
+            return
+        for _, layer in lora_layers(self):
+            for name in layer.lora_A:
+                layer.reset_adapter_parameters(name)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self.set_adapter(active_adapters(self))
+
+    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:  # type: ignore[override]
+        """Creates an adapter; the first one becomes active (see `inject_lora` for the errors)."""
+        inject_lora(self, config, adapter_name)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:  # type: ignore[override]
+        """Makes one adapter, or the sum of several, active and trainable. ValueError: unknown."""
+        model_adapters.set_adapter(self, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
+        """Removes an adapter. ValueError: unknown, or merged."""
+        model_adapters.delete_adapter(self, adapter_name)
+
+    def load_adapter(  # type: ignore[override]
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+    ) -> None:
+        """Adds an adapter from PEFT's two files (see `load_adapter_into` for the errors)."""
+        model_adapters.load_adapter_into(self, directory, adapter_name, is_trainable)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """While it is open, the model is its base alone."""
+        with model_adapters.disable_adapter(self):
+            yield
+
+    def enable_adapters(self) -> None:
+        """Switches the active adapters on again after `disable_adapters`."""
+        for _, layer in lora_layers(self):
+            layer.enable_adapters(True)
+
+    def disable_adapters(self) -> None:
+        """Switches all adapters off until `enable_adapters`."""
+        for _, layer in lora_layers(self):
+            layer.enable_adapters(False)
+
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return active_adapters(self)
+
+    def active_adapter(self) -> str:
+        """The name of the first active adapter. ValueError: none is active."""
+        names = active_adapters(self)
+        if not names:
+            raise ValueError("active_adapter: no adapter is active")
+        return names[0]
+
+    def get_adapter_state_dict(  # type: ignore[override]
+        self, adapter_name: str | None = None, state_dict: Any = None
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors, "<path>.lora_A.weight" [R, in] and "<path>.lora_B.weight"."""
+        return model_adapters.adapter_state_dict(self, adapter_name or self.active_adapter())
+
+    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported. ValueError: always; load under a new name and `set_adapter` instead."""
+        raise ValueError("enable_peft_hotswap: LoraLlama has named adapters; use set_adapter")
+
+    def merge_adapter(self, names: str | Sequence[str] | None = None) -> None:
+        """Merges the active adapters into the weights. ValueError: NaN or Inf, or merged already"""
+        model_adapters.merge_adapter(self, names)
+
+    def unmerge_adapter(self) -> None:
+        """Restores the weights as they were before `merge_adapter`, bit by bit."""
+        model_adapters.unmerge_adapter(self)
+
+    def merge_and_unload(self) -> LlamaForCausalLM:
+        """Merges the active adapters and returns transformers' own Llama over the same weights.
+
+        This model is used up: its layers' weights now belong to the returned one.
+
+        Raises:
+            ValueError: a merged weight has NaN or Inf; the model is then unchanged.
+        """
+        if not any(layer.merged_adapters for _, layer in lora_layers(self)):
+            self.merge_adapter()
+        state = {
+            key: value
+            for key, value in self.state_dict(keep_vars=True).items()
+            if ".lora_A." not in key and ".lora_B." not in key
+        }
+        with torch.device("meta"):
+            plain = LlamaForCausalLM(self.config)
+        plain.load_state_dict(state, strict=False, assign=True)
+        plain.model.rotary_emb = self.model.rotary_emb
+        plain.tie_weights()
+        plain.generation_config = self.generation_config
+        plain.requires_grad_(True)
+        return plain.train(self.training)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the adapters in PEFT's two files each; without adapters, the whole checkpoint.
+
+        Raises:
+            OSError: the files cannot be written; an older adapter there is then intact.
+        """
+        if not self.lora_configs:
+            super().save_pretrained(
+                save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+            )
+        elif is_main_process:
+            for config in self.lora_configs.values():
+                if config.base_model_name_or_path is None:
+                    config.base_model_name_or_path = self.config._name_or_path or None
+            model_adapters.save_adapters(self, save_directory)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The number of parameters that require gradients, and of all."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the two numbers and their ratio, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+
+LoraLlama = LoraLlamaForCausalLM
+
