@@ -6,6 +6,7 @@ zero, and a zero gradient of B always is (A is never zero).
 """
 
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +108,23 @@ def unchanged_weights(before: dict[str, Tensor], after: dict[str, Tensor]) -> li
         names = sorted(before.keys() ^ after.keys())
         raise ValueError(f"after: expected the weights captured before, differing in {names}")
     return [name for name, weight in before.items() if torch.equal(weight, after[name])]
+
+
+def gradient_table(rows: list[GradientNorms]) -> str:
+    """The norms by projection, over all layers: one line each for q_proj, k_proj, and so on."""
+    groups: dict[str, list[GradientNorms]] = {}
+    for row in rows:
+        groups.setdefault(row.layer.rpartition(".")[2], []).append(row)
+    header = f"{'projection':<12} {'layers':>6}  {'|d_lora_A| median (min .. max)':<36}"
+    lines = [header + "|d_lora_B| median (min .. max)"]
+    for name, members in groups.items():
+        lora_a = _spread([row.lora_a for row in members])
+        if all(row.b_is_zero for row in members):
+            lora_a = "0, as it must be while B is 0"
+        lora_b = _spread([row.lora_b for row in members])
+        lines.append(f"{name:<12} {len(members):>6}  {lora_a:<36}{lora_b}")
+    return "\n".join(lines)
+
+
+def _spread(norms: list[float]) -> str:
+    return f"{median(norms):.2e} ({min(norms):.2e} .. {max(norms):.2e})"
