@@ -1,0 +1,301 @@
+"""A LoRA adapter on disk: PEFT's two files, read and written without PEFT.
+
+    adapter_config.json            LoraConfig.to_dict()
+    adapter_model.safetensors      base_model.model.<module>.lora_A.weight   [r, in]
+                                   base_model.model.<module>.lora_B.weight   [out, r]
+
+Nothing else is read, nothing is executed, and no file outside the adapter's directory is opened.
+What cannot be right is an error that names the file and the keys; no tensor is skipped.
+
+A save replaces both files or neither, whenever the process or the machine stops. Each step is on
+disk before the next begins:
+
+    1. adapter_model.safetensors.new is written       both .new there, or only that of the
+    2. adapter_config.json.new is written             tensors: the save did not happen
+    3. it replaces adapter_model.safetensors          only adapter_config.json.new there: the
+    4. it replaces adapter_config.json                save happened, and that is the config
+
+Step 3 decides. Reading changes nothing on disk and takes the config that belongs to the tensors;
+the next save first finishes, or clears away, an interrupted one.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from lora_kernels.config import LoraConfig, validate_adapter_name
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+
+_KEY_PREFIX = "base_model.model."
+_SUFFIX_A = ".lora_A.weight"
+_SUFFIX_B = ".lora_B.weight"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_DEPTH = 32
+
+
+def adapter_directory(root: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where PEFT keeps an adapter below `root`: "default" in root itself, others in their name.
+
+    Raises:
+        TypeError, ValueError: `adapter_name` is not a valid name.
+    """
+    validate_adapter_name(adapter_name)
+    return Path(root) if adapter_name == "default" else Path(root) / adapter_name
+
+
+def save_adapter(
+    directory: str | os.PathLike[str], config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes an adapter that `load_adapter` and PEFT read, all of it or nothing.
+
+    Args:
+        directory: created if missing; an adapter in it is replaced.
+        config: the adapter's config.
+        tensors: "<module>.lora_A.weight" [r, in] and "<module>.lora_B.weight" [out, r], float16,
+            bfloat16, float32 or float64 on any device; written contiguous, in their own dtype.
+
+    Raises:
+        ValueError: the tensors are not an adapter of this config, as in `load_adapter`.
+        OSError: the directory cannot be written; an adapter that was there is unchanged.
+    """
+    directory = Path(directory)
+    _check_tensors(f"adapter for {directory}", config, tensors)
+    # A copy also where none is needed: safetensors refuses tensors that share memory.
+    on_cpu = {
+        f"{_KEY_PREFIX}{key}": tensor.detach().to(
+            "cpu", copy=True, memory_format=torch.contiguous_format
+        )
+        for key, tensor in tensors.items()
+    }
+    # Not json's own sort_keys, which would reorder the patterns, where the first match counts.
+    config_text = json.dumps(config.to_dict(), indent=2, allow_nan=False)
+
+    new_config, new_tensors = directory / f"{CONFIG_NAME}.new", directory / f"{TENSORS_NAME}.new"
+    directory.mkdir(parents=True, exist_ok=True)
+    _settle_interrupted_save(directory)
+    try:
+        _write(new_tensors, serialize(on_cpu, metadata={"format": "pt"}))
+        _write(new_config, config_text.encode())
+        os.replace(new_tensors, directory / TENSORS_NAME)
+    except Exception:
+        with contextlib.suppress(OSError):
+            _discard_new_files(directory)
+        raise
+    _sync_directory(directory)
+    os.replace(new_config, directory / CONFIG_NAME)
+    _sync_directory(directory)
+
+
+def load_adapter(directory: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Reads an adapter that `save_adapter` or PEFT wrote.
+
+    The config's patterns are Python regular expressions: a hostile file can make matching them
+    slow, though no more than that.
+
+    Returns:
+        The config, and CPU tensors "<module>.lora_A.weight" [r, in] and "<module>.lora_B.weight"
+        [out, r] in the dtypes of the file.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is missing.
+        ValueError: a file is not a regular file inside the directory; the config is not JSON, not
+            LoRA, or not supported; the tensors are corrupt, or not exactly a finite, floating
+            A and B of the config's rank for every module. The message names the file and keys.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"adapter directory {str(directory)!r} is missing")
+    config_path = _config_path(directory)
+    if not os.path.lexists(directory / TENSORS_NAME):
+        message = f"{str(directory / TENSORS_NAME)!r} is missing"
+        if os.path.lexists(directory / "adapter_model.bin"):
+            message += (
+                "; adapter_model.bin is a pickle, and pickles can run code and are never loaded: "
+                "load it with PEFT where you trust it, and save_pretrained(safe_serialization=True)"
+            )
+        raise FileNotFoundError(message)
+    tensors_path = _checked_path(directory, TENSORS_NAME)
+    config = _read_config(config_path)
+    tensors = _read_tensors(tensors_path)
+    _check_tensors(str(tensors_path), config, tensors)
+    return config, tensors
+
+
+def _checked_path(directory: Path, name: str) -> Path:
+    """The file's path, links followed, if it is a regular file inside `directory`."""
+    path = directory / name
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{str(path)!r} is missing")
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(directory)):
+        raise ValueError(
+            f"{str(path)!r} is a link to {str(target)!r}, outside the adapter's directory; "
+            "copy the files there (for a model hub's cache: download to a local directory)"
+        )
+    if not target.is_file():
+        raise ValueError(f"{str(path)!r} is not a regular file")
+    return target
+
+
+def _config_path(directory: Path) -> Path:
+    """The config that belongs to the tensors, also after a save that stopped half-way."""
+    if not _committed_config_is_new(directory):
+        return _checked_path(directory, CONFIG_NAME)
+    config = _checked_path(directory, f"{CONFIG_NAME}.new")
+    tensors = directory / TENSORS_NAME
+    if tensors.exists() and tensors.stat().st_mtime_ns > config.stat().st_mtime_ns:
+        # Our tensors are older than the config that follows them: another program wrote these.
+        raise ValueError(
+            f"{str(tensors)!r} is newer than {config.name}, which an interrupted save left: "
+            f"keep either that or {CONFIG_NAME}, whichever belongs to the tensors"
+        )
+    return config
+
+
+def _committed_config_is_new(directory: Path) -> bool:
+    return os.path.lexists(directory / f"{CONFIG_NAME}.new") and not os.path.lexists(
+        directory / f"{TENSORS_NAME}.new"
+    )
+
+
+def _settle_interrupted_save(directory: Path) -> None:
+    if _committed_config_is_new(directory):
+        os.replace(directory / f"{CONFIG_NAME}.new", directory / CONFIG_NAME)
+        _sync_directory(directory)
+    else:
+        _discard_new_files(directory)
+
+
+def _discard_new_files(directory: Path) -> None:
+    # The config first, and on disk: alone it would count as that of a finished save.
+    (directory / f"{CONFIG_NAME}.new").unlink(missing_ok=True)
+    _sync_directory(directory)
+    (directory / f"{TENSORS_NAME}.new").unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        # "x" creates: a link that someone put at this name is not followed.
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise OSError(error.errno, error.strerror, str(directory)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _read_config(path: Path) -> LoraConfig:
+    with open(path, "rb") as file:
+        content = file.read(_MAX_CONFIG_BYTES + 1)
+    try:
+        if len(content) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"expected at most {_MAX_CONFIG_BYTES} bytes, got more")
+        parsed = json.loads(
+            content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+        )
+        _check_depth(parsed)
+        if not isinstance(parsed, dict):
+            raise ValueError(f"expected a JSON object, got a {type(parsed).__name__}")
+        if "peft_type" not in parsed:
+            raise ValueError("peft_type: expected 'LORA', got no such key")
+        return LoraConfig.from_dict(parsed)
+    except RecursionError as error:
+        raise ValueError(f"{str(path)!r}: nested too deeply") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(key for key, _ in pairs)
+    duplicates = [key for key, count in counts.items() if count > 1]
+    if duplicates:
+        raise ValueError(f"duplicate keys {duplicates}")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_depth(value: Any, levels: int = _MAX_CONFIG_DEPTH) -> None:
+    if levels == 0:
+        raise ValueError(f"nested deeper than {_MAX_CONFIG_DEPTH} levels")
+    children = value.values() if isinstance(value, dict) else value
+    for child in children if isinstance(value, dict | list) else ():
+        _check_depth(child, levels - 1)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            keys = list(file.keys())
+            _check_keys(str(path), keys, _KEY_PREFIX)
+            # Cloned, because what safetensors returns is a view of the file and changes with it.
+            return {key.removeprefix(_KEY_PREFIX): file.get_tensor(key).clone() for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a valid safetensors file: {error}") from error
+
+
+def _check_keys(source: str, keys: list[str], prefix: str = "") -> None:
+    unexpected = [
+        key
+        for key in keys
+        if not key.startswith(prefix) or not key.endswith((_SUFFIX_A, _SUFFIX_B))
+    ]
+    if unexpected:
+        raise ValueError(
+            f"{source}: expected keys {prefix}<module>{_SUFFIX_A} and {_SUFFIX_B} only (no DoRA, "
+            f"no embeddings, no modules_to_save), got {unexpected}"
+        )
+    if not keys:
+        raise ValueError(f"{source}: expected LoRA tensors, got none")
+
+
+def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    _check_keys(source, list(tensors))
+    faults = []
+    for key, tensor in tensors.items():
+        is_a = key.endswith(_SUFFIX_A)
+        module = key.removesuffix(_SUFFIX_A if is_a else _SUFFIX_B)
+        partner = module + (_SUFFIX_B if is_a else _SUFFIX_A)
+        if partner not in tensors:
+            faults.append(f"{key}: expected {partner} beside it, got none")
+        if tensor.dtype not in _DTYPES:
+            faults.append(f"{key}: expected a float of 16, 32 or 64 bits, got {tensor.dtype}")
+        elif tensor.dim() != 2 or tensor.numel() == 0:
+            faults.append(f"{key}: expected a non-empty matrix, got shape {list(tensor.shape)}")
+        elif (rank := tensor.shape[0 if is_a else 1]) != (expected := config.rank_for(module)):
+            faults.append(f"{key}: expected rank {expected}, got {rank} ({list(tensor.shape)})")
+        elif not torch.isfinite(tensor).all():
+            faults.append(f"{key}: expected finite values, got NaN or infinity")
+    if faults:
+        raise ValueError(f"{source}: " + "; ".join(faults))
