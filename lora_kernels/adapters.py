@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from lora_kernels.adapter_files import adapter_directory, load_adapter, save_adapter
 from lora_kernels.config import LoraConfig, match_target_modules, validate_adapter_name
-from lora_kernels.layers import LoraLinear, active_adapters, inject_lora, lora_layers
+from lora_kernels.layers import (
+    LoraLinear,
+    active_adapters,
+    inject_lora,
+    lora_layers,
+    replace_modules,
+)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -28,9 +34,7 @@ def _check_known(model: nn.Module, names: Sequence[str]) -> None:
         raise ValueError(f"adapter_name: {unknown} not found; the model has {list(known)}")
 
 
-def set_adapter(
-    model: nn.Module, names: str | Sequence[str], inference_mode: bool = False
-) -> None:
+def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Makes these adapters, and no others, active in every layer that has them.
 
     Raises:
@@ -54,15 +58,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     layers = [layer for _, layer in lora_layers(model) if name in layer.lora_A]
     if any(name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter_name: {name!r} is merged; unmerge before deleting it")
-    remaining = [other for other in active_adapters(model) if other != name]
+    active = active_adapters(model)
     for layer in layers:
         layer.delete_adapter(name)
     configs = {key: value for key, value in adapter_configs(model).items() if key != name}
     model.lora_configs = configs  # type: ignore[assignment]
-    if not remaining and configs:
-        set_adapter(model, next(iter(configs)))
-    elif remaining:
-        set_adapter(model, remaining)
+    if name in active:
+        # Every layer chose for itself; the choice is the model's.
+        set_adapter(model, [other for other in active if other != name] or list(configs)[:1])
 
 
 @contextmanager
@@ -82,35 +85,38 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
     """Merges adapters (the active ones by default) into the weights of every layer.
 
     Raises:
-        ValueError: a name is unknown, a layer is merged already, a merged weight has NaN or Inf,
-            or a layer's weight is shared with another module. No layer is then merged.
+        ValueError: a name is unknown, a layer is merged already or disabled, a merged weight has
+            NaN or Inf, or a weight to merge into is shared with another module. No layer is then
+            merged.
     """
     wanted = None if names is None else [names] if isinstance(names, str) else list(names)
-    if wanted is not None:
-        _check_known(model, wanted)
-    _refuse_shared_weights(model)
+    _check_known(model, wanted or [])
+    chosen = {
+        path: layer.active_adapters if wanted is None else [n for n in wanted if n in layer.lora_A]
+        for path, layer in lora_layers(model)
+    }
+    _refuse_shared_weights(model, [path for path, adapters in chosen.items() if adapters])
     done: list[LoraLinear] = []
     for path, layer in lora_layers(model):
         try:
-            layer.merge(
-                None if wanted is None else [name for name in wanted if name in layer.lora_A]
-            )
-        except ValueError as error:
+            layer.merge(chosen[path])
+        except Exception as error:
             for merged in done:
                 merged.unmerge()
-            raise ValueError(f"{path}: {error}") from error
+            if isinstance(error, ValueError):
+                raise ValueError(f"{path}: {error}") from error
+            raise
         done.append(layer)
 
 
-def _refuse_shared_weights(model: nn.Module) -> None:
+def _refuse_shared_weights(model: nn.Module, paths: Sequence[str]) -> None:
+    weights = {path: module._parameters.get("weight") for path, module in model.named_modules()}
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(path)
-    for path, layer in lora_layers(model):
-        sharing = owners[id(layer.weight)]
-        if layer.active_adapters and len(sharing) > 1:
+    for path, weight in weights.items():
+        owners.setdefault(id(weight), []).append(path)
+    for path in paths:
+        sharing = owners[id(weights[path])]
+        if len(sharing) > 1:
             raise ValueError(
                 f"{path}: its weight is shared by {sharing}; merging would change them all"
             )
@@ -127,15 +133,14 @@ def unload(model: nn.Module) -> None:
 
     Merge first to keep the adapters' effect.
     """
-    modules = dict(model.named_modules())
-    for path, layer in list(lora_layers(model)):
+    replacements: dict[nn.Module, nn.Module] = {}
+    for _, layer in lora_layers(model):
         linear = nn.Linear(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta"
         )
         linear.weight, linear.bias = layer.weight, layer.bias
-        linear.train(layer.training)
-        parent, _, child = path.rpartition(".")
-        setattr(modules[parent], child, linear)
+        replacements[layer] = linear.train(layer.training)
+    replace_modules(model, replacements)
     model.lora_configs = {}  # type: ignore[assignment]
 
 

@@ -10,7 +10,7 @@ float32 adapters over a 16-bit base, active adapters summed, disabled or merged 
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -67,9 +67,9 @@ class LoraLinear(nn.Linear):
 
         Raises:
             TypeError: linear is not exactly an nn.Linear.
+            ValueError: linear has hooks or a forward of its own, which the new layer would lose.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: expected torch.nn.Linear, got {type(linear).__name__}")
+        _check_replaceable("linear", linear)
         has_bias = linear.bias is not None
         layer = cls(linear.in_features, linear.out_features, has_bias, device="meta")
         layer.weight = linear.weight
@@ -105,9 +105,10 @@ class LoraLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        like = {"dtype": dtype, "device": self.weight.device}
-        self.lora_A[name] = nn.Parameter(torch.empty(r, self.in_features, **like))
-        self.lora_B[name] = nn.Parameter(torch.empty(self.out_features, r, **like))
+        device = self.weight.device
+        lora_a = torch.empty(r, self.in_features, dtype=dtype, device=device)
+        lora_b = torch.empty(self.out_features, r, dtype=dtype, device=device)
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_a), nn.Parameter(lora_b)
         self.scaling[name] = config.scaling_for(module_name)
         self.lora_dropout[name] = config.lora_dropout
         self._init_modes[name] = config.init_lora_weights
@@ -176,8 +177,8 @@ class LoraLinear(nn.Linear):
         The unmerged weight is kept beside it, so that `unmerge` restores every bit.
 
         Raises:
-            ValueError: a name is unknown, the layer is merged already, or the merged weight has NaN
-                or Inf; the layer is then unchanged.
+            ValueError: a name is unknown, the layer is merged already or disabled, or the merged
+                weight has NaN or Inf; the layer is then unchanged.
         """
         if names is None:
             names = self.active_adapters
@@ -187,6 +188,8 @@ class LoraLinear(nn.Linear):
             raise ValueError(f"merge: {self.merged_adapters} are merged already; unmerge first")
         if not wanted:
             return
+        if self.disabled:
+            raise ValueError("merge: the adapters are disabled; enable them first")
         merged = self.merged_weight(wanted)
         self._unmerged_weight = self.weight.detach().clone()
         with torch.no_grad():
@@ -283,13 +286,13 @@ class LoraLinear(nn.Linear):
 def grouped_projection(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """The outputs of several layers of the same input (q, k, v; gate, up), x[..., K] read once.
 
-    Layers that one kernel call cannot serve (not a LoraLinear, forward hooks, several adapters with
+    Layers that one kernel call cannot serve (not a LoraLinear, hooks, several adapters with
     dropout, different dropout rates) are called one by one, with the same result.
     """
     projections: list[Projection] = []
     rates = set()
     for layer in layers:
-        if not isinstance(layer, LoraLinear) or layer._forward_hooks or layer._forward_pre_hooks:
+        if type(layer) is not LoraLinear or _has_hooks(layer):
             break
         single = layer.projection()
         if single is None:
@@ -302,11 +305,40 @@ def grouped_projection(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, 
     return tuple(layer(x) for layer in layers)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward.
+
+    A forward of the instance's own counts: accelerate moves offloaded weights in it.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _check_replaceable(name: str, linear: nn.Module) -> None:
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"{name}: expected torch.nn.Linear, got {type(linear).__name__}")
+    if _has_hooks(linear):
+        raise ValueError(f"{name}: expected a torch.nn.Linear without hooks, which would be lost")
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """The (path, layer) pairs of every LoraLinear of a model, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts new modules in the places of old ones, everywhere a shared one is registered."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 def inject_lora(
@@ -329,44 +361,35 @@ def inject_lora(
         The same model, whose `lora_configs` maps adapter names to configs.
 
     Raises:
-        ValueError, TypeError: nothing matches a target, a target is no plain linear layer, or the
-            adapter exists already. The model is then unchanged.
+        ValueError, TypeError: nothing matches a target, a target is no plain linear layer or has
+            hooks, or the adapter exists already. The model is then unchanged.
     """
     validate_adapter_name(adapter_name)
     configs: dict[str, LoraConfig] = getattr(model, "lora_configs", {})
     if adapter_name in configs:
         raise ValueError(f"adapter_name: {adapter_name!r} exists already in this model")
-    names = match_target_modules(model, config)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names:
-        module = modules[name]
-        if type(module) not in (nn.Linear, LoraLinear):
-            raise TypeError(
-                f"target_modules: {name} is a {type(module).__name__}; only torch.nn.Linear can "
-                "carry an adapter"
-            )
-        if name == "":
-            raise ValueError("target_modules: the model itself is the target; wrap it in a module")
-        if isinstance(module, LoraLinear) and adapter_name in module.lora_A:
-            raise ValueError(f"adapter_name: {adapter_name!r} exists already in {name}")
-    active = active_adapters(model)
+    paths = match_target_modules(model, config)
+    modules = dict(model.named_modules())
+    for path in paths:
+        module = modules[path]
+        if not isinstance(module, LoraLinear):
+            _check_replaceable(f"target_modules: {path}", module)
+        elif adapter_name in module.lora_A:
+            raise ValueError(f"adapter_name: {adapter_name!r} exists already in {path}")
     for parameter_name, parameter in model.named_parameters():
         if not _is_adapter_parameter(parameter_name):
             parameter.requires_grad_(False)
-    replaced: dict[nn.Module, LoraLinear] = {}
-    for name in names:
-        linear = modules[name]
+    layers: dict[str, LoraLinear] = {}
+    for path in paths:
+        linear = modules[path]
         assert isinstance(linear, nn.Linear)
-        if not isinstance(linear, LoraLinear):
-            layer = replaced.setdefault(linear, LoraLinear.from_linear(linear))
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, layer)
-            linear = layer
-        if adapter_name not in linear.lora_A:
-            linear.add_adapter(adapter_name, config, name, autocast_adapter_dtype)
-            # What is active is a choice for the whole model, also for layers new to adapters.
-            if active and linear.active_adapters == [adapter_name]:
-                linear.set_adapter([])
+        layers[path] = linear if isinstance(linear, LoraLinear) else LoraLinear.from_linear(linear)
+    replace_modules(model, {modules[path]: layer for path, layer in layers.items()})
+    for path, layer in layers.items():
+        layer.add_adapter(adapter_name, config, path, autocast_adapter_dtype)
+        # What is active is a choice for the whole model, also for layers new to adapters.
+        if configs and layer.active_adapters == [adapter_name]:
+            layer.set_adapter([])
     model.lora_configs = {**configs, adapter_name: config}  # type: ignore[assignment]
     return model
 

@@ -20,7 +20,8 @@ class LayerStatus:
         shape: (out_features, in_features).
         rank: the summed rank of the active adapters, 0 if none is.
         adapters: the active adapters, or what stands in their place ("merged: a", "disabled").
-        implementation: "triton", "eager", "reference", or "base" where the base alone runs.
+        implementation: "triton", "eager", "reference", "base" where the base alone runs, or "none"
+            where the implementation that is forced cannot run.
         plan: the plan's method and tiles, or the library's GEMMs.
         reason: why this implementation and not the fused kernel; empty where it is fused.
     """
@@ -44,16 +45,14 @@ class Status(list[LayerStatus]):
         for row in self:
             pattern = sub(r"\.\d+\.", ".*.", row.name)
             rows.setdefault((pattern, *_content(row)), []).append(row)
-        table = [("layer", "count", "out x in", "rank", "adapters", "runs", "plan", "why not fused")]
+        header = ("layer", "count", "out x in", "rank", "adapters", "runs", "plan", "why not fused")
+        table = [header]
         for (pattern, *_), members in rows.items():
             row = members[0]
-            shape = f"{row.shape[0]} x {row.shape[1]}"
-            table.append(
-                (
-                    pattern if len(members) > 1 else row.name, str(len(members)), shape,
-                    str(row.rank), row.adapters, row.implementation, row.plan, row.reason or "-",
-                )  # fmt: skip
-            )
+            name = pattern if len(members) > 1 else row.name
+            count, shape = str(len(members)), f"{row.shape[0]} x {row.shape[1]}"
+            content = (row.adapters, row.implementation, row.plan, row.reason or "-")
+            table.append((name, count, shape, str(row.rank), *content))
         return _aligned(table)
 
 
@@ -80,7 +79,10 @@ def _layer_status(name: str, layer: LoraLinear, tokens: int) -> LayerStatus:
     dropout = layer.training and any(layer.lora_dropout[a] for a in layer.active_adapters)
     several = dropout and len(layer.active_adapters) > 1
     adapters = " + ".join(layer.active_adapters)
-    implementation = resolve(requested("auto"), device, dtype)
+    forced, obstacle = requested("auto"), why_not_triton(device, dtype)
+    if forced == "triton" and obstacle is not None:
+        return LayerStatus(name, shape, rank, adapters, "none", "-", obstacle)
+    implementation = resolve(forced, device, dtype)
     plan, reason = "library GEMMs", ""
     if implementation == "triton":
         chosen = plan_for(tokens, *shape, rank, dtype, device, dropout)
@@ -89,10 +91,10 @@ def _layer_status(name: str, layer: LoraLinear, tokens: int) -> LayerStatus:
             implementation, reason = "eager", chosen.reason
         elif several:
             reason = "adapters after the first: their dropout masks differ"
-    elif requested("auto") == "auto":
-        reason = why_not_triton(device, dtype) or "the interpreter runs only by name"
+    elif forced == "auto":
+        reason = obstacle or "the interpreter runs only by name"
     else:
-        reason = f"implementation({requested('auto')!r}) is open"
+        reason = f"implementation({forced!r}) is open"
     return LayerStatus(name, shape, rank, adapters, implementation, plan, reason)
 
 

@@ -20,7 +20,7 @@ Method = Literal["one_pass", "split", "library"]
 
 # Ranks above this leave too few registers beside the accumulator for one pass.
 ONE_PASS_MAX_RANK = 64
-ONE_PASS_MAX_RANK_FLOAT32 = 32
+ONE_PASS_MAX_RANK_FLOAT32 = 16
 # Launching one more kernel, in seconds.
 LAUNCH_SECONDS = 2e-6
 # Matrix rate (FLOP/s, 16-bit inputs) and copy bandwidth (bytes/s).
@@ -112,31 +112,45 @@ def _gemm_tile(
     dropout: bool = False,
 ) -> TileConfig:
     m, n, k = shape
+    large = dtype.itemsize == 2 and m > 64 and not (n % 16 or k % 16)
     # S of one pass lives in registers whole; the tail of split and dx walks through the rank.
-    rank = padded_rank(r, one_pass_max_rank(dtype) if one_pass else 32)
+    rank = padded_rank(r, one_pass_max_rank(dtype) if one_pass else 32 if large else 16)
     if arch == "interpreter":
         # Small tiles, so that small test shapes have several, with ragged ends.
-        return TileConfig(16, 32, 16, rank if one_pass else 16, 1, 1, group_m=2)
-    if dtype == torch.float32:
-        return TileConfig(16 if m <= 16 else 64, 64, 32, rank if one_pass else 16, 4, 3)
-    if dropout or n % 16 or k % 16:
-        # Two accumulators and the mask's integers, or loads element by element: more spills.
-        return TileConfig(64, 128 if dropout else 64, 32, rank, 8 if dropout else 4, 3)
-    if m <= 64:
-        return TileConfig(16 if m <= 16 else 64, 64, 128 if rank <= 32 else 64, rank, 4, 3)
+        return TileConfig(16, 32, 16, rank, 1, 1, group_m=2)
+    block_m = 16 if m <= 16 else 64
+    if n % 16 or k % 16:
+        # Loads element by element take registers; a narrow tile leaves them.
+        return TileConfig(block_m, 64, 32, rank, 4 if m <= 16 else 8, 2)
+    if not large:
+        return TileConfig(block_m, 64, 32 if dtype == torch.float32 else 64, rank, 4, 3)
+    if dropout:
+        # Two accumulators and the mask's integers: a larger tile spills.
+        return TileConfig(64, 128, 32, rank, 8, 3)
     if arch in LARGE_TILE_ARCHS:
         return TileConfig(128, 256, 64, rank, 8, 3)
     return TileConfig(128, 128, 64 if rank <= 32 else 32, rank, 8, 3)
 
 
 def _pass_tile(
-    m: int, r: int, dtype: torch.dtype, arch: str, chunk: int, dropout: bool = False
+    shape: tuple[int, int, int],
+    r: int,
+    dtype: torch.dtype,
+    arch: str,
+    chunk: int,
+    dropout: bool = False,
 ) -> PassConfig:
+    m, n, k = shape
     if arch == "interpreter":
         return PassConfig(16, 16, 16, 48, 1, 1)
-    float32 = dtype == torch.float32
-    rows = 16 if m <= 16 else 64 if dropout or float32 else 128
-    return PassConfig(rows, 64, padded_rank(r, 32 if float32 else 64), chunk, 4, 3)
+    if n % 16 or k % 16:
+        return PassConfig(16 if m <= 16 else 32, 32, padded_rank(r, 32), chunk, 4, 2)
+    if m <= 16:
+        return PassConfig(16, 64, padded_rank(r, 32), chunk, 4, 3)
+    if dtype == torch.float32 or dropout:
+        return PassConfig(64, 64, padded_rank(r, 32), chunk, 4, 3)
+    # The more rows, the fewer partial results of d_lora_b; with 4 warps 128 rows spill (sm_120).
+    return PassConfig(128, 64, padded_rank(r, 64), chunk, 8, 3)
 
 
 def plan(
@@ -171,8 +185,8 @@ def plan(
         method,
         reason,
         forward=one_pass_tile if method == "one_pass" else _gemm_tile(shape, r, dtype, arch),
-        shrink=_pass_tile(m, r, dtype, arch, k, dropout),
+        shrink=_pass_tile(shape, r, dtype, arch, k, dropout),
         dx=_gemm_tile((m, k, n), r, dtype, arch, dropout=dropout),
-        dy_b=_pass_tile(m, r, dtype, arch, 512),
-        d_a=_pass_tile(m, r, dtype, arch, 1024, dropout),
+        dy_b=_pass_tile(shape, r, dtype, arch, 512),
+        d_a=_pass_tile(shape, r, dtype, arch, 1024, dropout),
     )

