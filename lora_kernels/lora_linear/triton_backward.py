@@ -230,9 +230,7 @@ def backward(
         dy, lora_b, s, scaling, plan.dy_b, (need_dx or need_da, need_db, need_dbias)
     )
     if need_dx:
-        dx = gemm_tail(
-            dy, weight.t(), p, lora_a.t(), plan.dx, seed=seed, dropout_p=dropout_p
-        )
+        dx = gemm_tail(dy, weight.t(), p, lora_a.t(), plan.dx, seed=seed, dropout_p=dropout_p)
     if need_da:
         assert x is not None
         d_lora_a = d_a(p, x, plan.d_a, seed, dropout_p)

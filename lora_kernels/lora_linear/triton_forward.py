@@ -1,6 +1,7 @@
 """Triton forward of a LoRA linear layer, in one pass over x or split in two.
 
-    S[M, R] = s x_lora[M, K] lora_a[R, K]ᵀ        y[M, N] = x weight[N, K]ᵀ + bias[N] + S lora_b[N, R]ᵀ
+    S[M, R] = s x_lora[M, K] lora_a[R, K]ᵀ
+    y[M, N] = x[M, K] weight[N, K]ᵀ + bias[N] + S lora_b[N, R]ᵀ
 
 One pass: a program accumulates its tile of x weightᵀ and, from the same tile of x, its rows of S;
 after the K loop S is scaled in the accumulator's precision, rounded once to x's dtype and
@@ -70,9 +71,7 @@ def one_pass_kernel(
         else:
             mask = (offsets_k[:, None] < K - k) & mask_n[None, :]
             weight = tl.load(weight_ptrs, mask=mask, other=0.0)
-        accumulator = tl.dot(
-            x, weight, accumulator, input_precision=PRECISION, out_dtype=ACC
-        )
+        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION, out_dtype=ACC)
         s = tl.dot(x, lora_a, s, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += BLOCK_K * stride_xk
         weight_ptrs += BLOCK_K * stride_wk
@@ -83,9 +82,7 @@ def one_pass_kernel(
         lora_b_ptr + offsets_r[:, None] * stride_br + offsets_n[None, :] * stride_bn,
         mask=mask_r[:, None] & mask_n[None, :], other=0.0,
     )  # fmt: skip
-    accumulator = tl.dot(
-        scaled, lora_b, accumulator, input_precision=PRECISION, out_dtype=ACC
-    )
+    accumulator = tl.dot(scaled, lora_b, accumulator, input_precision=PRECISION, out_dtype=ACC)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offsets_n * stride_b, mask=mask_n, other=0.0)
         accumulator += bias.to(ACC)[None, :]

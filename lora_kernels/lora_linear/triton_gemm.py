@@ -1,4 +1,4 @@
-"""The Triton pieces that forward and backward share: offsets, dropout, and a GEMM with a rank-R tail.
+"""What the Triton forward and backward share: offsets, dropout, a GEMM with a rank-R tail.
 
     out[M, N] = left[M, K] right[N, K]ᵀ + bias + keep * (u[M, R] v[N, R]ᵀ)
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import interpreting
 from lora_kernels.lora_linear.dropout import drop_threshold
-from lora_kernels.lora_linear.plan import TileConfig
+from lora_kernels.lora_linear.plan import PassConfig, TileConfig
 
 INT32_MAX = 2**31 - 1
 
@@ -26,7 +26,9 @@ INT32_MAX = 2**31 - 1
 def needs_int64(*tensors: Tensor) -> bool:
     """Whether the largest element offset of any of the tensors overflows 32 bits."""
     for tensor in tensors:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        last = sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         if max(last, tensor.numel()) > INT32_MAX:
             return True
     return False
@@ -44,7 +46,7 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def launch_options(config: TileConfig) -> dict[str, int]:
+def launch_options(config: TileConfig | PassConfig) -> dict[str, int]:
     """What the compiler is told and the interpreter does not take."""
     if interpreting():
         return {}
@@ -122,9 +124,7 @@ def gemm_tail_kernel(
         else:
             mask = (offsets_k[:, None] < K - k) & mask_n[None, :]
             right = tl.load(right_ptrs, mask=mask, other=0.0)
-        accumulator = tl.dot(
-            left, right, accumulator, input_precision=PRECISION, out_dtype=ACC
-        )
+        accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION, out_dtype=ACC)
         left_ptrs += BLOCK_K * stride_lk
         right_ptrs += BLOCK_K * stride_rk
 

@@ -117,8 +117,9 @@ def run_demo(output_dir: str = "outputs/demo", max_steps: int | None = None) -> 
         f"peak memory {result.peak_memory_gib:.2f} GiB\n\n"
         f"written to {output_dir}: adapter_model.safetensors and adapter_config.json (PEFT's "
         "format),\nloss.png, metrics.json, demo.json. Next:\n\n"
-        f"  lora-llama generate --model {output_dir} --prompt "
-        '"Please send 4 red kettles to Oslo, no hurry."\n'
+        f"  lora-llama generate --model {output_dir} \\\n"
+        f'    --system "{demo_task.SYSTEM_PROMPT}" \\\n'
+        '    --prompt "Hello, please send 4 kettles to Oslo, there is no hurry. Thanks, Ida"\n'
         f"  lora-llama merge --adapter {output_dir} --output_dir outputs/merged\n"
         f"  lora-llama verify --model {output_dir}\n"
         "  lora-llama finetune --model PATH_OR_ID --data FILE.jsonl"

@@ -48,6 +48,7 @@ def read_llama_config(path: str, gguf_file: str | None, **kwargs: Any) -> dict[s
 
     Raises:
         ValueError: it is not a Llama's, or an adapter is in the same directory.
+        OSError: there is none.
         ImportError: the file is GGUF and the gguf package is missing.
     """
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
@@ -62,6 +63,8 @@ def read_llama_config(path: str, gguf_file: str | None, **kwargs: Any) -> dict[s
             raise ImportError("GGUF needs the gguf package: pip install 'lora-kernels[demo]'")
         options["gguf_file"] = gguf_file
     content, _ = PretrainedConfig.get_config_dict(path, **options)
+    if not content:
+        raise FileNotFoundError(f"{path}: no config.json there")
     if content.get("model_type") != "llama":
         raise ValueError(
             f"{path}: expected a Llama checkpoint (model_type 'llama'), got model_type "

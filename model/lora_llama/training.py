@@ -193,7 +193,7 @@ def default_device() -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the device has instructions for it, else float32."""
+    """ "auto" is bfloat16 where the device has instructions for it, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -356,7 +356,9 @@ class TrainingResult:
     gradients: list[GradientNorms]
 
 
-def train_and_save(trainer: LoraTrainer, resume_from_checkpoint: str | None = None) -> TrainingResult:
+def train_and_save(
+    trainer: LoraTrainer, resume_from_checkpoint: str | None = None
+) -> TrainingResult:
     """Trains, saves the adapter and tokenizer, and writes loss.png and metrics.json.
 
     Raises:
@@ -393,7 +395,9 @@ def train_and_save(trainer: LoraTrainer, resume_from_checkpoint: str | None = No
         gradients=trainer.gradient_check.norms or [],
     )
     directory = Path(trainer.args.output_dir)
-    trainer.save_model(str(directory))
+    # Not trainer.save_model, which adds its arguments as a pickle.
+    trainer.model.save_pretrained(directory)
+    trainer.processing_class.save_pretrained(directory)
     plot_losses(result, directory / "loss.png")
     write_json(directory / "metrics.json", asdict(result))
     return result
@@ -461,7 +465,9 @@ def find_checkpoint(options: FinetuneOptions) -> str | None:
     if wanted == "latest":
         from transformers.trainer_utils import get_last_checkpoint
 
-        found = get_last_checkpoint(options.output_dir) if os.path.isdir(options.output_dir) else None
+        found = (
+            get_last_checkpoint(options.output_dir) if os.path.isdir(options.output_dir) else None
+        )
         if found is None:
             raise FileNotFoundError(
                 f"resume_from_checkpoint: no checkpoint-N directory in {options.output_dir}"

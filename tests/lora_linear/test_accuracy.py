@@ -53,15 +53,19 @@ SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 65])
 
 
 @pytest.mark.kernel
-@given(m=SIZES, n=SIZES, k=SIZES, r=st.sampled_from([1, 2, 4, 8, 12, 16, 24, 64]), seed=st.integers(0, 99))
+@given(
+    m=SIZES,
+    n=SIZES,
+    k=SIZES,
+    r=st.sampled_from([1, 2, 4, 8, 12, 16, 24, 64]),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 def test_any_shape(m, n, k, r, seed, device):
     """float64 through the interpreter agrees to rounding; on a GPU, float32 within the bound."""
     if device.type == "cuda":
-        assert_accurate(
-            testing.check_lora_linear(m, n, k, r, torch.float32, "triton", device)
-        )
+        assert_accurate(testing.check_lora_linear(m, n, k, r, torch.float32, "triton", device))
         return
     inputs = testing.lora_linear_inputs(m, n, k, r, torch.float64, device, seed=seed)
     ours = testing.outputs_and_gradients(lora_linear, inputs, 1.7, 0.0, "triton")

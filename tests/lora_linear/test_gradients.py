@@ -84,9 +84,7 @@ def test_every_requires_grad_pattern(impl, pattern, device):
     full = leaves(17, 33, 20, 5, torch.float32, device)
     part = leaves(17, 33, 20, 5, torch.float32, device, pattern)
     for t in (full, part):
-        y = lora_linear(
-            t["x"], t["weight"], t["lora_a"], t["lora_b"], 1.3, t["bias"], impl=impl
-        )
+        y = lora_linear(t["x"], t["weight"], t["lora_a"], t["lora_b"], 1.3, t["bias"], impl=impl)
         if y.requires_grad:
             y.backward(t["dy"])
     assert y.requires_grad == any(pattern)
@@ -210,7 +208,5 @@ def test_only_what_backward_needs_is_saved(device):
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda saved: saved):
-        lora_linear(
-            t["x"], t["weight"], t["lora_a"], t["lora_b"], 1.0, dropout_p=0.5, impl="eager"
-        )
+        lora_linear(t["x"], t["weight"], t["lora_a"], t["lora_b"], 1.0, dropout_p=0.5, impl="eager")
     assert sorted(sizes) == sorted([(64, 32), (4, 32), (64, 4), (8, 4), (1,)])
