@@ -198,7 +198,8 @@ def _plan(x: Tensor, weight: Tensor, lora_a: Tensor, dropout: bool, impl: str) -
     """The Triton plan, or None for library GEMMs. Forward and backward come to the same."""
     if resolve(impl, x.device, x.dtype) != "triton":
         return None
-    chosen = plan_for(x.shape[0], *weight.shape, lora_a.shape[0], x.dtype, x.device, dropout)
+    n, k = weight.shape
+    chosen = plan_for(x.shape[0], n, k, lora_a.shape[0], x.dtype, x.device, dropout)
     return None if chosen.method == "library" else chosen
 
 
@@ -225,6 +226,7 @@ def _forward_op(
     w, a, b, offset = _in_dtype_of(x, weight, lora_a, lora_b, bias)
     assert w is not None and a is not None and b is not None
     chosen = _plan(x, weight, lora_a, seed is not None, impl)
+    s: Tensor | None
     if chosen is None:
         y, s = eager.forward(x, w, a, b, offset, scale, seed, dropout_p)
     else:

@@ -60,8 +60,12 @@ SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 65])
     r=st.sampled_from([1, 2, 4, 8, 12, 16, 24, 64]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_any_shape(m, n, k, r, seed, device):
     """float64 through the interpreter agrees to rounding; on a GPU, float32 within the bound."""
     if device.type == "cuda":
@@ -78,8 +82,8 @@ ADVERSARIAL = {
     "large": lambda t: t | {"x": t["x"] * 100},
     "cancelling": lambda t: t | {"lora_b": t["lora_b"] * 0 + 1, "lora_a": t["lora_a"].sign()},
     "zero_b": lambda t: t | {"lora_b": torch.zeros_like(t["lora_b"])},
-    "one_hot": lambda t: t | {"x": torch.eye(*t["x"].shape, dtype=t["x"].dtype, device=t["x"].device)},
-}  # fmt: skip
+    "one_hot": lambda t: t | {"x": torch.eye(*t["x"].shape).to(t["x"])},
+}
 
 
 @pytest.mark.kernel
