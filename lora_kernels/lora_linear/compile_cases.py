@@ -1,6 +1,7 @@
 """Every kernel configuration that a plan can choose on one architecture, ready to be compiled."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -97,6 +98,28 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
             if case.name not in seen:
                 seen.add(case.name)
                 yield case
+    yield from _with_options(arch)
+
+
+def _with_options(arch: str) -> Iterator[CompileCase]:
+    """The arguments that the cases above leave out, in one configuration of each kernel: bias and
+    its gradient, scaling by tensor, 64-bit offsets."""
+    bias: dict[str, object] = {"bias_ptr": None, "stride_b": 0, "dbias_ptr": None}
+    for r in (16, 256):
+        for case in _cases_of_shape(torch.bfloat16, 8192, 512, 4096, r, False, arch):
+            given = {k: v for k, v in case.constexprs.items() if k not in bias}
+            given |= {"INT64": True, "SCALING_IS_TENSOR": True, "stride_dbiasn": 1}
+            values = {k: v for k, v in given.items() if k in case.kernel.arg_names}
+            types = {"scaling": "*fp32", "dbias_ptr": "*fp32", "bias_ptr": "*bf16"}
+            signature = {
+                name: "constexpr"
+                if name in values
+                else types.get(name, "i32" if kind == "constexpr" else kind)
+                for name, kind in case.signature.items()
+            }
+            yield replace(
+                case, name=f"{case.name} with options", signature=signature, constexprs=values
+            )
 
 
 def _cases_of_shape(

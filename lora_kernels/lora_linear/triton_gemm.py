@@ -78,8 +78,10 @@ def offsets(block, BLOCK: tl.constexpr, INT64: tl.constexpr):
 def load_scaling(scaling, IS_TENSOR: tl.constexpr):
     """A float arrives by value, a 0-d tensor by pointer; neither is compiled into the kernel."""
     if IS_TENSOR:
-        return tl.load(scaling)
-    return scaling
+        value = tl.load(scaling)
+    else:
+        value = scaling
+    return value
 
 
 @triton.jit
