@@ -149,9 +149,10 @@ def _pass_tile(
         return PassConfig(16, 64, padded_rank(r, 32), chunk, 4, 3)
     if dtype == torch.float32 or dropout:
         return PassConfig(64, 64, padded_rank(r, 32), chunk, 4, 3)
-    # The more rows, the fewer partial results of d_lora_b; 4 warps or 3 stages spill (sm_120).
+    # The more rows, the fewer partial results of d_lora_b; 4 warps or 3 stages spill on sm_120.
     rank = padded_rank(r, 64)
-    return PassConfig(128 if rank <= 32 else 64, 64, rank, chunk, 8, 2)
+    stages = 3 if arch in LARGE_TILE_ARCHS else 2
+    return PassConfig(128 if rank <= 32 else 64, 64, rank, chunk, 8, stages)
 
 
 def plan(

@@ -4,14 +4,33 @@ Each command's options are the parameters of one function or dataclass; `--confi
 the same names, and the command line wins over it.
 """
 
+import argparse
+import dataclasses
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from lora_llama.demo import run_demo
+from lora_llama.generation import generate_answers
+from lora_llama.gradients import gradient_table
+from lora_llama.loading import base_model_of, bundled_model, load_tokenizer
+from lora_llama.model import LoraLlamaForCausalLM
+from lora_llama.training import (
+    DtypeName,
+    FinetuneOptions,
+    default_device,
+    find_checkpoint,
+    finetune,
+    resolve_dtype,
+)
+from lora_llama.verification import verify_model
 
 
 def generate(
@@ -20,7 +39,7 @@ def generate(
     adapter: str | None = None,
     system: str | None = None,
     gguf_file: str | None = None,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    dtype: DtypeName = "auto",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 42,
@@ -29,7 +48,7 @@ def generate(
 
     Args:
         model: directory or hub id of a Llama, or a directory with an adapter.
-        prompt: what to answer; the model's chat template is applied.
+        prompt: what to answer, through the model's chat template if it has one.
         adapter: directory with an adapter to put onto the model.
         system: system message.
         gguf_file: GGUF file inside the model directory.
@@ -38,21 +57,15 @@ def generate(
         temperature: 0 always takes the likeliest token.
         seed: of the sampling.
     """
-    from transformers import set_seed
-
-    from lora_llama.generation import generate_answers
-    from lora_llama.loading import load_tokenizer
-
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature: expected 0 or more, got {temperature}")
-    set_seed(seed)
+    _check_at_least(1, max_new_tokens=max_new_tokens)
+    _check_at_least(0, temperature=temperature, seed=seed)
     llama = _load(model, adapter, gguf_file, dtype)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
     tokenizer = load_tokenizer(model, gguf_file)
-    print(generate_answers(llama, tokenizer, [messages], max_new_tokens, temperature)[0])
+    request: str | list[dict[str, str]] = prompt
+    if system:
+        request = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    set_seed(seed)
+    print(generate_answers(llama, tokenizer, [request], max_new_tokens, temperature)[0])
 
 
 def merge(
@@ -60,7 +73,7 @@ def merge(
     output_dir: str,
     model: str | None = None,
     gguf_file: str | None = None,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    dtype: DtypeName = "auto",
 ) -> None:
     """Merge an adapter into its base model and write a plain checkpoint.
 
@@ -69,14 +82,13 @@ def merge(
         output_dir: a new directory for the checkpoint, which any Llama loader reads.
         model: the base model, where it is not the one that the adapter names.
         gguf_file: GGUF file inside the model directory.
-        dtype: dtype of the merged weights.
+        dtype: dtype of the merged weights; auto is that of the base model's.
     """
-    from lora_llama.loading import base_model_of, load_tokenizer
-
-    if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
-        raise ValueError(f"output_dir: expected a new or empty directory, got {output_dir}")
+    is_new = bool(output_dir) and not os.path.exists(output_dir)
+    if not is_new and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
+        raise ValueError(f"output_dir: expected a new or empty directory, got {output_dir!r}")
     base = model or base_model_of(adapter)
-    llama = _load(base, adapter, gguf_file, dtype)
+    llama = _load(base, adapter, gguf_file, dtype, keep_dtype=True)
     plain = llama.merge_and_unload()
     parent = os.path.dirname(os.path.abspath(output_dir))
     os.makedirs(parent, exist_ok=True)
@@ -97,7 +109,7 @@ def merge(
 def verify(
     model: str | None = None,
     gguf_file: str | None = None,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
+    dtype: DtypeName = "float32",
     lora_r: int = 16,
     tokens: int = 128,
     seed: int = 42,
@@ -113,11 +125,9 @@ def verify(
         tokens: length of the random sequence that is trained on.
         seed: of the adapter and the sequence.
     """
-    from lora_llama.loading import bundled_model
-    from lora_llama.verification import verify_model
-
-    if tokens < 2:
-        raise ValueError(f"tokens: expected at least 2, got {tokens}")
+    _check_at_least(0, seed=seed)
+    _check_at_least(1, lora_r=lora_r)
+    _check_at_least(2, tokens=tokens)
     path = str(bundled_model()) if model is None else model
     verify_model(_load(path, None, gguf_file, dtype), lora_r, tokens, seed)
 
@@ -129,46 +139,66 @@ def demo(output_dir: str = "outputs/demo", max_steps: int | None = None) -> None
         output_dir: where the adapter, loss.png and metrics.json go.
         max_steps: optimizer steps, instead of the demo's 50.
     """
-    from lora_llama.demo import run_demo
-
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
+    if max_steps is not None:
+        _check_at_least(1, max_steps=max_steps)
     run_demo(output_dir, max_steps)
 
 
-def _finetune(**options: Any) -> None:
-    from lora_llama.gradients import gradient_table
-    from lora_llama.training import FinetuneOptions, finetune
+def _check_at_least(least: int, **options: float) -> None:
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
 
+
+def _finetune(**options: Any) -> None:
     settings = FinetuneOptions(**options)
-    _, result = finetune(settings)
-    print("\ngradients of the first step:")
-    print(gradient_table(result.gradients))
-    losses = " -> ".join(f"{loss:.3f}" for _, loss in result.eval_losses)
+    try:
+        trainer, result = finetune(settings)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(settings)) from None
+    if not trainer.is_world_process_zero():
+        return
+    if result.gradients:
+        print("\ngradients of the first step (every A and B of every layer was checked):")
+        print(gradient_table(result.gradients))
     print(
         f"\n{result.steps} steps, {result.tokens_per_second:.0f} tokens/s, peak memory "
         f"{result.peak_memory_gib:.2f} GiB"
-        + (f", held-out loss {losses}" if losses else "")
-        + f"\nadapter, loss.png and metrics.json: {settings.output_dir}"
     )
+    if result.eval_losses:
+        print(f"held-out loss {result.eval_losses[0][1]:.3f} -> {result.eval_losses[-1][1]:.3f}")
+    print(f"adapter, loss.png and metrics.json: {settings.output_dir}")
 
 
-def _load(model: str, adapter: str | None, gguf_file: str | None, dtype: str) -> Any:
-    from transformers.utils import logging as transformers_logging
+def _how_to_resume(settings: FinetuneOptions) -> str:
+    try:
+        found = find_checkpoint(dataclasses.replace(settings, resume_from_checkpoint="latest"))
+    except FileNotFoundError:
+        return "no checkpoint was saved; --save_steps saves them"
+    return f"--resume_from_checkpoint latest goes on from {found}"
 
-    from lora_llama.model import LoraLlamaForCausalLM
-    from lora_llama.training import default_device, resolve_dtype
 
+def _load(
+    model: str,
+    adapter: str | None,
+    gguf_file: str | None,
+    dtype: DtypeName,
+    keep_dtype: bool = False,
+) -> Any:
+    """The model with its adapter, in the dtype that suits the device, or (kept) the file's own."""
     transformers_logging.disable_progress_bar()
     device = default_device()
-    llama = LoraLlamaForCausalLM.from_pretrained(
-        model, gguf_file=gguf_file, dtype=resolve_dtype(dtype, device)
-    )
+    wanted = "auto" if keep_dtype and dtype == "auto" else resolve_dtype(dtype, device)
+    llama = LoraLlamaForCausalLM.from_pretrained(model, gguf_file=gguf_file, dtype=wanted)
     if adapter is not None:
         name = "default" if not llama.lora_configs else "adapter"
         llama.load_adapter(adapter, name)
         llama.set_adapter(name)
     return llama.to(device)
+
+
+# Errors come back to `main`, which prints them without the usage of forty options.
+_PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False}
 
 
 def _parser() -> Any:
@@ -178,13 +208,14 @@ def _parser() -> Any:
         raise ImportError(
             "lora-llama needs its extra: pip install 'lora-kernels[train]'"
         ) from error
-    from lora_llama.training import FinetuneOptions
 
-    parser = ArgumentParser(prog="lora-llama", description="Fine-tune a Llama with LoRA.")
+    parser = ArgumentParser(
+        prog="lora-llama", description="Fine-tune a Llama with LoRA.", **_PARSER_OPTIONS
+    )
     commands = parser.add_subcommands()
 
     def command(name: str, description: str) -> Any:
-        sub = ArgumentParser(description=description)
+        sub = ArgumentParser(description=description, **_PARSER_OPTIONS)
         sub.add_argument("--config", action="config", help="YAML file with any of these options")
         commands.add_subcommand(name, sub, help=description)
         return sub
@@ -196,11 +227,26 @@ def _parser() -> Any:
     return parser
 
 
+def _config_first(arguments: list[str]) -> list[str]:
+    """The arguments with --config right behind the command: jsonargparse lets what is later win."""
+    options: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
+    finder = argparse.ArgumentParser(**options)
+    finder.add_argument("--config", action="append", default=[])
+    found, rest = finder.parse_known_args(arguments)
+    return rest[:1] + [f"--config={file}" for file in found.config] + rest[1:]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command. Returns the exit code: 0, 1 for an error (one line on stderr), 2 for usage."""
+    """Runs a command.
+
+    Returns:
+        The exit code: 0; 1 for an error, 2 for wrong usage, 130 for an interrupt, each with one
+        message on stderr.
+    """
+    name = None
     try:
         parser = _parser()
-        chosen = parser.parse_args(arguments)
+        chosen = parser.parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
         name = chosen.subcommand
         options = {key: value for key, value in chosen[name].as_dict().items() if key != "config"}
         commands: dict[str, Callable[..., None]] = {
@@ -208,21 +254,26 @@ def main(arguments: list[str] | None = None) -> int:
             "demo": demo,
         }  # fmt: skip
         commands[name](**options)
+    except argparse.ArgumentError as error:
+        return _fail(f"{' '.join(str(error).split())} (--help lists commands and options)", 2)
     except torch.OutOfMemoryError as error:
-        return _fail(
-            f"out of GPU memory: {str(error).splitlines()[0]}\nlower per_device_train_batch_size "
-            "or max_length, or set gradient_checkpointing true"
-        )
+        advice = "choose a smaller model, or dtype bfloat16"
+        if name == "finetune":
+            advice = (
+                "lower per_device_train_batch_size or max_length, or set gradient_checkpointing "
+                "true"
+            )
+        return _fail(f"out of GPU memory: {str(error).partition(chr(10))[0]}\n{advice}")
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted")
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted; {error}" if str(error) else "interrupted", 130)
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 1) -> int:
     print(f"lora-llama: error: {message}", file=sys.stderr)
-    return 1
+    return code
 
 
 if __name__ == "__main__":

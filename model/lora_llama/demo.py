@@ -5,6 +5,7 @@ measured in the run itself.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_llama.training import (
     FinetuneOptions,
     build_trainer,
     default_device,
+    encode_rows,
     resolve_dtype,
     train_and_save,
 )
@@ -48,23 +50,16 @@ def run_demo(output_dir: str = "outputs/demo", max_steps: int | None = None) -> 
     device = default_device()
     dtype = resolve_dtype("auto", device)
     path = bundled_model()
+    names = {option.name for option in fields(FinetuneOptions)}
+    chosen = {name: value for name, value in asdict(settings).items() if name in names}
+    if max_steps is not None:
+        chosen["max_steps"] = max_steps
     options = FinetuneOptions(
         model=str(path),
         data="(generated)",
         output_dir=output_dir,
-        max_length=settings.max_length,
-        lora_r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        max_steps=settings.max_steps if max_steps is None else max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
         per_device_eval_batch_size=8,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        **chosen,
     )
     set_seed(options.seed)
     tokenizer = load_tokenizer(str(path))
@@ -86,7 +81,13 @@ def run_demo(output_dir: str = "outputs/demo", max_steps: int | None = None) -> 
     print("\nbefore training, three held-out messages:")
     matched_before = show_answers(model, tokenizer, test_rows)
 
-    trainer = build_trainer(model, tokenizer, options, train_rows, eval_rows)
+    trainer = build_trainer(
+        model,
+        tokenizer,
+        options.training_arguments(has_eval=True),
+        encode_rows(train_rows, tokenizer, options),
+        encode_rows(eval_rows, tokenizer, options),
+    )
     print(f"\ntraining on {len(train_rows)} rows, {options.max_steps} steps:")
     result = train_and_save(trainer)
     print("\ngradients of the first step (every A and B of every layer was checked):")

@@ -100,7 +100,6 @@ def from_gguf(
     model.model.rotary_emb = source.model.rotary_emb
     model.tie_weights()
     model.generation_config = source.generation_config
-    model.config.name_or_path = path
     return model.eval()
 
 

@@ -218,7 +218,7 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
 
         Raises:
             ValueError: the checkpoint is no Llama's, weights are missing from it (all named), or
-                a layer with an adapter is offloaded.
+                a layer with an adapter is offloaded or quantised.
             OSError: there is no such model, or it has no safetensors file.
         """
         path = os.fspath(pretrained_model_name_or_path)
@@ -232,6 +232,8 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         content = loading.read_llama_config(path, gguf_file, **kwargs)
         # transformers keeps an argument called adapter_name for itself, so the name goes with lora.
         adapters = {adapter_name: lora} if isinstance(lora, LoraConfig) else lora or {}
+        if adapters and (kwargs.get("quantization_config") or content.get("quantization_config")):
+            raise ValueError(f"{path}: expected plain weights below an adapter, got quantised ones")
         if gguf_file is not None:
             model = loading.from_gguf(cls, path, gguf_file, LlamaConfig(**content), **kwargs)
             for name, adapter in adapters.items():
@@ -349,9 +351,7 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             plain = LlamaForCausalLM(self.config)
         plain.load_state_dict(state, assign=True)
         plain.model.rotary_emb = self.model.rotary_emb
-        plain.tie_weights()
         plain.generation_config = self.generation_config
-        plain.requires_grad_(True)
         return plain.train(self.training)
 
     def save_pretrained(

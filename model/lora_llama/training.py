@@ -9,23 +9,28 @@ The loss is the cross-entropy over every unmasked position of every sequence, av
 an optimizer step's tokens: gradient accumulation over unequal lengths is exact.
 """
 
+import json
+import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from lora_kernels.adapter_files import adapter_directory, load_adapter
 from lora_kernels.adapters import check_fit, copy_adapter
 from lora_kernels.config import LoraConfig
 from lora_llama.data import (
+    IGNORE_INDEX,
     Collator,
     SupervisedDataset,
     load_dataset,
@@ -39,11 +44,23 @@ from lora_llama.gradients import (
     unchanged_weights,
     verify_gradients,
 )
-from lora_llama.loading import load_tokenizer, write_json
+from lora_llama.loading import (
+    is_adapter_directory,
+    load_tokenizer,
+    read_llama_config,
+    write_json,
+)
 from lora_llama.model import LoraLlamaForCausalLM
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+TrainingDtypeName = Literal["auto", "bfloat16", "float32"]
+# Those of transformers' schedules that need no options of their own.
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt",
+]  # fmt: skip
 
 
 @dataclass
@@ -55,18 +72,20 @@ class FinetuneOptions:
         data: JSON Lines file: messages, prompt + completion, Alpaca's keys, or text.
         output_dir: where the adapter, checkpoints, loss.png and metrics.json go.
         gguf_file: GGUF file inside the model directory.
-        dtype: dtype of the base weights; auto is bfloat16 where the device computes it natively.
-        val_set_size: held-out rows, as a number or (below 1) a fraction of the data.
+        dtype: dtype of the base weights; auto is bfloat16 where the device computes it natively,
+            else float32. (Gradients would underflow in float16.)
+        val_set_size: held-out rows, as a number or (below 1) a fraction of the data; 0 for none.
         max_length: most tokens in a sequence; longer rows lose their end.
         packing: put several rows into one sequence.
         train_on_inputs: train on the prompts as well as on the completions.
         lora_r: rank of the adapter.
         lora_alpha: the adapter's delta is scaled by lora_alpha / lora_r.
         lora_dropout: dropout on the adapter's input.
-        lora_target_modules: names of the projections that get an adapter.
+        lora_target_modules: names of the projections that get an adapter, as q_proj,v_proj or
+            [q_proj,v_proj]; all-linear takes every one.
         use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
         learning_rate: peak learning rate of AdamW.
-        lr_scheduler_type: cosine, linear, constant_with_warmup, ...
+        lr_scheduler_type: how the learning rate goes on after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: AdamW's weight decay.
         max_grad_norm: gradients are clipped to this norm.
@@ -81,7 +100,7 @@ class FinetuneOptions:
         save_steps: optimizer steps between checkpoints; 0 saves at the end alone.
         save_total_limit: checkpoints to keep.
         resume_from_checkpoint: a checkpoint directory, or "latest" in output_dir.
-        report_to: none, tensorboard, wandb, ...
+        report_to: none, or one of transformers' integrations: tensorboard, wandb, ...
         seed: of the adapter's initialisation, the data's order and split, and dropout.
     """
 
@@ -89,7 +108,7 @@ class FinetuneOptions:
     data: str
     output_dir: str = "outputs"
     gguf_file: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: TrainingDtypeName = "auto"
     val_set_size: float = 0.05
     max_length: int = 1024
     packing: bool = False
@@ -97,10 +116,10 @@ class FinetuneOptions:
     lora_r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
-    lora_target_modules: list[str] = field(default_factory=lambda: list(ALL_PROJECTIONS))
+    lora_target_modules: list[str] | str = field(default_factory=lambda: list(ALL_PROJECTIONS))
     use_rslora: bool = False
     learning_rate: float = 2e-4
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Schedule = "cosine"
     warmup_steps: int = 10
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -137,21 +156,46 @@ class FinetuneOptions:
             raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit: expected at least 1, got {self.save_total_limit}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
+        for name, choices in (("dtype", TrainingDtypeName), ("lr_scheduler_type", Schedule)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}"
+                )
+        if not self.output_dir or (
+            os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir)
+        ):
+            raise ValueError(f"output_dir: expected a directory, got {self.output_dir!r}")
 
     def lora_config(self) -> LoraConfig:
         """The adapter that these options describe."""
+        targets = self.lora_target_modules
+        if isinstance(targets, str) and targets != "all-linear":
+            targets = [name.strip() for name in targets.split(",")]
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
+            target_modules=targets,
             use_rslora=self.use_rslora,
             task_type="CAUSAL_LM",
         )
 
     def training_arguments(self, has_eval: bool) -> TrainingArguments:
-        """The same, as transformers' TrainingArguments."""
-        return TrainingArguments(
+        """The same, as transformers' TrainingArguments.
+
+        Raises:
+            ValueError: `report_to` is unknown or not installed.
+        """
+        installed = get_available_reporting_integrations()
+        if self.report_to != "none" and self.report_to not in installed:
+            raise ValueError(
+                f"report_to: expected none, or an integration that is installed "
+                f"({', '.join(installed) or 'here there is none'}), got {self.report_to}"
+            )
+        on_gpu = torch.cuda.is_available()
+        arguments = TrainingArguments(
             output_dir=self.output_dir,
             learning_rate=self.learning_rate,
             lr_scheduler_type=self.lr_scheduler_type,
@@ -173,10 +217,16 @@ class FinetuneOptions:
             report_to=self.report_to,
             seed=self.seed,
             data_seed=self.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not on_gpu,
+            dataloader_pin_memory=on_gpu,
+            # A loss that is NaN is to be seen, not replaced.
+            logging_nan_inf_filter=False,
             remove_unused_columns=False,
             label_names=["labels"],
         )
+        # One process trains on one GPU; `torchrun` starts one for each.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
 
     def _checkpointing(self) -> dict[str, Any]:
         if not self.gradient_checkpointing:
@@ -214,17 +264,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class GradientCheck(TrainerCallback):
-    """Runs `verify_gradients` before the first optimizer step, and keeps the norms."""
-
-    def __init__(self) -> None:
-        self.norms: list[GradientNorms] | None = None
-
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
-        if self.norms is None:
-            self.norms = verify_gradients(model)
-
-
 class TrainingBar(ProgressCallback):
     """transformers' progress bar, with the loss, the speed and the peak memory beside it."""
 
@@ -249,19 +288,20 @@ class LoraTrainer(Trainer):
     """transformers' Trainer for a LoraLlama: checks its gradients, resumes its adapters.
 
     Attributes:
-        gradient_check: has the norms of the first step's gradients, once there was one.
-        tokens_trained: tokens (padding left out) that went forward and backward.
+        first_gradients: the norms of the first optimizer step's gradients, before clipping.
+        moving_steps: optimizer steps with a learning rate above zero; a warm-up begins with zero.
+        tokens_trained: tokens that went forward and backward (padding only of packed sequences).
         seconds_trained: time spent in forward and backward.
     """
 
     model: LoraLlamaForCausalLM
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_metrics=mean_loss, **kwargs)
+        self.first_gradients: list[GradientNorms] | None = None
+        self.moving_steps = 0
         self.tokens_trained = 0
         self.seconds_trained = 0.0
-        self.gradient_check = GradientCheck()
-        self.add_callback(self.gradient_check)
         bar = self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         if bar is not None:
@@ -272,6 +312,17 @@ class LoraTrainer(Trainer):
     def tokens_per_second(self) -> float:
         return self.tokens_trained / self.seconds_trained if self.seconds_trained else 0.0
 
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        if resume_from_checkpoint is not None:
+            file = os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)
+            state = TrainerState.load_from_json(file)
+            if 0 < self.args.max_steps <= state.global_step:
+                # Nothing is left to train; Trainer would train one step more.
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return
+        super().train(resume_from_checkpoint=resume_from_checkpoint)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
@@ -281,7 +332,30 @@ class LoraTrainer(Trainer):
             torch.cuda.synchronize(loss.device)
         self.seconds_trained += time.perf_counter() - start
         self.tokens_trained += tokens
+        # The last forward pass before an optimizer step: the gradients are complete.
+        if self.accelerator.sync_gradients:
+            if self.first_gradients is None:
+                self.first_gradients = verify_gradients(self.model)
+            self.moving_steps += self._get_learning_rate() > 0
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"the training diverged: its loss is {logs['loss']} at step "
+                f"{self.state.global_step}; lower learning_rate (now {self.args.learning_rate:g})"
+            )
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        """No loss, but each row's share of the batch's summed loss, and of its tokens.
+
+        Trainer would average the batches' losses; `mean_loss` averages over tokens, as in training.
+        """
+        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
+        rows = inputs["labels"].shape[0]
+        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss.device)
+        return None, (loss.double() * tokens / rows).expand(rows), (tokens / rows).expand(rows)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Reads the adapters that `save_pretrained` wrote; transformers reads only PEFT's own."""
@@ -289,12 +363,13 @@ class LoraTrainer(Trainer):
         for name, config in target.lora_configs.items():
             directory = adapter_directory(resume_from_checkpoint, name)
             saved, tensors = load_adapter(directory)
-            if (saved.r, saved.lora_alpha) != (config.r, config.lora_alpha):
-                raise ValueError(
-                    f"{directory}: expected the adapter's r={config.r} and "
-                    f"lora_alpha={config.lora_alpha}, got r={saved.r} and "
-                    f"lora_alpha={saved.lora_alpha}"
-                )
+            for key in ("r", "lora_alpha", "use_rslora"):
+                expected, got = getattr(config, key), getattr(saved, key)
+                if expected != got:
+                    raise ValueError(
+                        f"resume_from_checkpoint: {directory} has an adapter with {key}={got}; "
+                        f"this one has {key}={expected}"
+                    )
             check_fit(target, config, tensors, str(directory))
             copy_adapter(target, name, tensors)
 
@@ -302,29 +377,37 @@ class LoraTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def build_trainer(
-    model: LoraLlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    options: FinetuneOptions,
-    train_rows: Sequence[dict[str, Any]],
-    eval_rows: Sequence[dict[str, Any]],
-) -> LoraTrainer:
-    """A trainer over rows in the formats of `lora_llama.data`.
+def mean_loss(prediction: Any) -> dict[str, float]:
+    """The evaluation loss over all tokens, from `LoraTrainer.prediction_step`'s sums."""
+    return {"loss": float(prediction.predictions.sum() / prediction.label_ids.sum())}
+
+
+def encode_rows(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: FinetuneOptions
+) -> SupervisedDataset:
+    """The dataset of rows in the formats of `lora_llama.data`.
 
     Raises:
         ValueError: a row is faulty, or no row has a token to train on.
     """
+    return load_dataset(
+        rows, tokenizer, options.max_length, options.train_on_inputs, options.packing
+    )
 
-    def dataset(rows: Sequence[dict[str, Any]]) -> SupervisedDataset:
-        return load_dataset(
-            rows, tokenizer, options.max_length, options.train_on_inputs, options.packing
-        )
 
+def build_trainer(
+    model: LoraLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    train_dataset: SupervisedDataset,
+    eval_dataset: SupervisedDataset | None = None,
+) -> LoraTrainer:
+    """A trainer over encoded rows, which pads or packs them as the model's attention needs."""
     return LoraTrainer(
         model=model,
-        args=options.training_arguments(bool(eval_rows)),
-        train_dataset=dataset(train_rows),
-        eval_dataset=dataset(eval_rows) if eval_rows else None,
+        args=arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=Collator(
             padding_id(tokenizer),
             return_flash_attn_kwargs=str(model.config._attn_implementation).startswith("flash"),
@@ -359,32 +442,24 @@ class TrainingResult:
 def train_and_save(
     trainer: LoraTrainer, resume_from_checkpoint: str | None = None
 ) -> TrainingResult:
-    """Trains, saves the adapter and tokenizer, and writes loss.png and metrics.json.
+    """Trains, saves the adapter and tokenizer, and writes metrics.json and loss.png.
 
     Raises:
         GradientError: the first step's gradients are wrong.
-        ValueError: an adapter weight has not moved, or the checkpoint does not fit.
+        ValueError: the checkpoint does not fit, the training diverged, or an adapter weight has not
+            moved (all is saved by then).
     """
     start = time.perf_counter()
     before = capture_lora_weights(trainer.model)
     eval_losses = []
     if trainer.eval_dataset is not None:
-        eval_losses.append((trainer.state.global_step, trainer.evaluate()["eval_loss"]))
+        eval_losses.append((0, trainer.evaluate()["eval_loss"]))
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     history = trainer.state.log_history
     eval_losses += [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h and h["step"]]
     steps = trainer.state.global_step
-    if trainer.eval_dataset is not None and (not eval_losses or eval_losses[-1][0] != steps):
+    if trainer.eval_dataset is not None and eval_losses[-1][0] != steps:
         eval_losses.append((steps, trainer.evaluate()["eval_loss"]))
-    still = unchanged_weights(before, capture_lora_weights(trainer.model))
-    trained = [
-        f"{path}.{kind}.{adapter}"
-        for path, kind, adapter in (name.rsplit(".", 2) for name in still)
-        if adapter in trainer.model.active_adapters()
-    ]
-    # One step from B = 0 moves B alone: A's gradient was zero.
-    if trained and (steps > 1 or any(".lora_B." in name for name in trained)):
-        raise ValueError("adapter weights have not moved: " + ", ".join(trained))
     result = TrainingResult(
         steps=steps,
         train_losses=[(h["step"], h["loss"]) for h in history if "loss" in h],
@@ -392,15 +467,30 @@ def train_and_save(
         tokens_per_second=trainer.tokens_per_second(),
         peak_memory_gib=peak_memory_bytes(trainer.args.device) / 2**30,
         seconds=time.perf_counter() - start,
-        gradients=trainer.gradient_check.norms or [],
+        gradients=trainer.first_gradients or [],
     )
-    directory = Path(trainer.args.output_dir)
-    # Not trainer.save_model, which adds its arguments as a pickle.
-    trainer.model.save_pretrained(directory)
-    trainer.processing_class.save_pretrained(directory)
-    plot_losses(result, directory / "loss.png")
-    write_json(directory / "metrics.json", asdict(result))
+    if trainer.is_world_process_zero():
+        directory = Path(trainer.args.output_dir)
+        # Not trainer.save_model, which adds its arguments as a pickle.
+        trainer.model.save_pretrained(directory)
+        trainer.processing_class.save_pretrained(directory)
+        write_json(directory / "metrics.json", asdict(result))
+        plot_losses(result, directory / "loss.png")
+    _check_moved(trainer, before)
     return result
+
+
+def _check_moved(trainer: LoraTrainer, before: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError naming the trained weights that are what they were."""
+    steps, active = trainer.moving_steps, trainer.model.active_adapters()
+    still = [
+        name
+        for name in unchanged_weights(before, capture_lora_weights(trainer.model))
+        # The first step moves B alone: while B is 0, A's gradient is.
+        if name.rpartition(".")[2] in active and steps >= (1 if ".lora_B." in name else 2)
+    ]
+    if still:
+        raise ValueError("adapter weights have not moved: " + ", ".join(still))
 
 
 def plot_losses(result: TrainingResult, path: Path) -> None:
@@ -419,7 +509,8 @@ def plot_losses(result: TrainingResult, path: Path) -> None:
         )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     staged = path.with_name(f".{path.name}.new")
     figure.savefig(staged, dpi=150, format="png")
     plt.close(figure)
@@ -430,31 +521,42 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
     """Fine-tunes a Llama on a JSONL file as the options say.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: an option, the data, the model or a checkpoint is
-            faulty; nothing has then been written, except by a training that had begun.
+        ValueError, OSError, ImportError: an option, the data, the model or a checkpoint is faulty.
+            What can be checked without the model's weights is checked before they are read, and
+            nothing is written before the training begins.
     """
-    set_seed(options.seed)
     rows = read_jsonl(options.data)
     eval_rows: list[dict[str, Any]] = []
     if options.val_set_size:
         rows, eval_rows = split_dataset(rows, options.val_set_size, options.seed)
+    arguments = options.training_arguments(bool(eval_rows))
+    config = options.lora_config()
     checkpoint = find_checkpoint(options)
-    device = default_device()
+    if is_adapter_directory(options.model):
+        raise ValueError(
+            f"model: expected a base model, got the adapter {options.model}; "
+            "resume_from_checkpoint goes on with an interrupted training"
+        )
+    read_llama_config(options.model, options.gguf_file)
     tokenizer = load_tokenizer(options.model, options.gguf_file)
+    train_dataset = encode_rows(rows, tokenizer, options)
+    eval_dataset = encode_rows(eval_rows, tokenizer, options) if eval_rows else None
+    set_seed(options.seed)
     model = LoraLlamaForCausalLM.from_pretrained(
         options.model,
-        lora=options.lora_config(),
+        lora=config,
         gguf_file=options.gguf_file,
-        dtype=resolve_dtype(options.dtype, device),
-    ).to(device)
-    model.print_trainable_parameters()
-    trainer = build_trainer(model, tokenizer, options, rows, eval_rows)
-    print(f"training {trainer.train_dataset}, held out {trainer.eval_dataset}")
+        dtype=resolve_dtype(options.dtype, arguments.device),
+    ).to(arguments.device)
+    if arguments.process_index == 0:
+        model.print_trainable_parameters()
+        print(f"training on {train_dataset}, held out: {eval_dataset or 'nothing'}")
+    trainer = build_trainer(model, tokenizer, arguments, train_dataset, eval_dataset)
     return trainer, train_and_save(trainer, checkpoint)
 
 
 def find_checkpoint(options: FinetuneOptions) -> str | None:
-    """The checkpoint directory to resume from, or None.
+    """The checkpoint directory to resume from, or None. "latest" is the last finished one.
 
     Raises:
         FileNotFoundError: there is none where the option says.
@@ -462,19 +564,29 @@ def find_checkpoint(options: FinetuneOptions) -> str | None:
     wanted = options.resume_from_checkpoint
     if wanted is None:
         return None
-    if wanted == "latest":
-        from transformers.trainer_utils import get_last_checkpoint
-
-        found = (
-            get_last_checkpoint(options.output_dir) if os.path.isdir(options.output_dir) else None
-        )
-        if found is None:
+    if wanted != "latest":
+        if not _is_finished(Path(wanted)):
             raise FileNotFoundError(
-                f"resume_from_checkpoint: no checkpoint-N directory in {options.output_dir}"
+                f"resume_from_checkpoint: {wanted} is no checkpoint, or its saving was interrupted "
+                f"(it has no valid {TRAINER_STATE_NAME})"
             )
-        return found
-    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
+        return wanted
+    numbered = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in Path(options.output_dir).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal() and _is_finished(path)
+    }
+    if not numbered:
         raise FileNotFoundError(
-            f"resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json)"
+            f"resume_from_checkpoint: no finished checkpoint-N directory in {options.output_dir}"
         )
-    return wanted
+    return str(numbered[max(numbered)])
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    # Trainer writes this file after all others of a checkpoint.
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

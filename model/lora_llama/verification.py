@@ -1,4 +1,4 @@
-"""`lora-llama verify`: a model's adapter gradients, present, non-zero, and equal to the reference's."""
+"""`lora-llama verify`: are a model's adapter gradients there, and equal to the reference's?"""
 
 import torch
 from torch import Tensor
