@@ -1,0 +1,184 @@
+"""status: one row per layer that says what runs there and why, and the table of the rows."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import LoraConfig, LoraLinear, dispatch, implementation, inject_lora, status
+from lora_kernels.adapters import disable_adapter, merge_adapter, set_adapter
+from lora_kernels.lora_linear.plan import plan
+
+# `lora_kernels.status` is the function; the module of that name holds what it calls.
+module = importlib.import_module("lora_kernels.status")
+
+
+def config(**changes) -> LoraConfig:
+    settings = {"r": 4, "target_modules": ["q", "v"], "init_lora_weights": False}
+    return LoraConfig(**{**settings, **changes})
+
+
+def net(**changes) -> nn.Module:
+    blocks = nn.ModuleList(
+        nn.ModuleDict({"q": nn.Linear(32, 16), "v": nn.Linear(32, 8), "o": nn.Linear(8, 8)})
+        for _ in range(3)
+    )
+    model = nn.ModuleDict({"layers": blocks, "head": nn.Linear(32, 40)})
+    return inject_lora(model, config(**changes))
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+
+
+@pytest.fixture
+def on_h100(monkeypatch: pytest.MonkeyPatch):
+    """What a GPU would answer, for a model that is on the CPU."""
+    monkeypatch.setattr(module, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(module, "resolve", lambda impl, *_: "triton" if impl == "auto" else impl)
+
+    def plan_for(m, n, k, r, dtype, device, dropout):
+        return plan(m, n, k, r, dtype, "sm_90", dropout)
+
+    monkeypatch.setattr(module, "plan_for", plan_for)
+
+
+def columns(row: module.LayerStatus) -> tuple[int, str, str, str]:
+    return row.rank, row.adapters, row.implementation, row.plan
+
+
+def test_a_row_per_layer_on_the_cpu():
+    rows = status(net())
+    assert [row.name for row in rows] == [f"layers.{i}.{name}" for i in range(3) for name in "qv"]
+    for row in rows:
+        assert row.shape == ((16, 32) if row.name.endswith("q") else (8, 32))
+        assert columns(row) == (4, "default", "eager", "library GEMMs")
+        assert "'cpu'" in row.reason
+
+
+def test_what_it_says_is_what_resolve_decides_for_each_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = net().to(dtype)
+        for row in status(model):
+            reason = dispatch.why_not_triton(torch.device("cpu"), dtype)
+            assert row.implementation == dispatch.resolve("auto", torch.device("cpu"), dtype)
+            assert row.reason == reason
+
+
+def test_the_interpreter_is_not_chosen_by_itself(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: True)
+    row = status(net())[0]
+    assert (row.implementation, row.reason) == ("eager", "the interpreter runs only by name")
+    with implementation("triton"):
+        row = status(net())[0]
+        assert row.implementation == "triton" and row.reason == ""
+        row = status(net().to(torch.bfloat16))[0]
+        assert row.implementation == "none" and "bfloat16" in row.reason
+
+
+@pytest.mark.parametrize("forced", ["eager", "reference"])
+def test_a_forced_implementation_is_named_as_the_reason(forced: str):
+    model = net()
+    with implementation(forced):
+        rows = status(model)
+    assert {row.implementation for row in rows} == {forced}
+    assert {row.reason for row in rows} == {f"implementation({forced!r}) is open"}
+    assert status(model)[0].reason != rows[0].reason
+
+
+def test_a_forced_implementation_that_cannot_run_is_told_not_raised():
+    model = net()
+    with implementation("triton"):
+        for row in status(model):
+            assert columns(row) == (4, "default", "none", "-")
+            assert row.reason == dispatch.why_not_triton(torch.device("cpu"), torch.float32)
+        with pytest.raises(ValueError, match="cannot run here"):
+            model["layers"][0]["q"](torch.ones(2, 32))
+
+
+def test_disabled_merged_and_inactive_layers_run_their_base():
+    model = net()
+    with disable_adapter(model):
+        assert {columns(row) for row in status(model)} == {(0, "disabled", "base", "one GEMM")}
+    inject_lora(model, config(target_modules=["head"], r=2), "second")
+    assert columns(status(model)[-1]) == (0, "none", "base", "one GEMM")
+    merge_adapter(model)
+    rows = status(model)
+    assert {columns(row) for row in rows[:-1]} == {(0, "merged: default", "base", "one GEMM")}
+    assert columns(rows[-1]) == (0, "none", "base", "one GEMM")
+    assert {row.reason for row in rows} == {""}
+
+
+def test_several_active_adapters_are_one_of_the_summed_rank():
+    model = inject_lora(net(), config(target_modules=["v"], r=3), "second")
+    set_adapter(model, ["default", "second"])
+    rows = {row.name: columns(row)[:2] for row in status(model)}
+    assert rows["layers.0.q"] == (4, "default") and rows["layers.2.v"] == (7, "default + second")
+
+
+def test_a_gpu_shows_its_plan(on_h100):
+    model = net().to(torch.bfloat16)
+    for tokens in (1, 2048):
+        for row in status(model, tokens=tokens):
+            chosen = plan(tokens, *row.shape, 4, torch.bfloat16, "sm_90", False)
+            expected = "eager" if chosen.method == "library" else "triton"
+            assert (row.implementation, row.plan) == (expected, str(chosen))
+            assert row.reason == (chosen.reason if expected == "eager" else "")
+
+
+def test_a_plan_that_prefers_the_library_gives_its_reason(on_h100, monkeypatch):
+    chosen = module.plan_for(8, 8, 8, 4, torch.bfloat16, None, False)
+    library = type(chosen)("library", "measured faster")
+    monkeypatch.setattr(module, "plan_for", lambda *_: library)
+    row = status(net())[0]
+    assert row.implementation == "eager" and row.reason == "measured faster"
+    assert row.plan == "library GEMMs (measured faster)"
+
+
+def test_dropout_reaches_the_plan_and_several_masks_are_told(on_h100, monkeypatch):
+    asked = []
+    original = module.plan_for
+    monkeypatch.setattr(module, "plan_for", lambda *args: asked.append(args[-1]) or original(*args))
+    model = net(lora_dropout=0.1)
+    status(model.train())
+    status(model.eval())
+    assert asked == [True] * 6 + [False] * 6
+    inject_lora(model.train(), config(target_modules=["v"]), "second")
+    set_adapter(model, ["default", "second"])
+    reasons = {row.name[-1]: row.reason for row in status(model)}
+    assert reasons["q"] == "" and "dropout masks differ" in reasons["v"]
+    assert {row.reason for row in status(model.eval())} == {""}
+
+
+def test_the_table_has_one_line_for_equal_layers_of_repeated_blocks():
+    model = net()
+    model["layers"][1]["v"].set_adapter([])
+    lines = str(status(model)).splitlines()
+    header = ["layer", "count", "out x in", "rank", "adapters", "runs", "plan", "why not fused"]
+    starts = [lines[0].index(title) for title in header]
+    cells = [
+        [line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        for line in lines
+    ]
+    assert cells[0] == header
+    reason = status(model)[0].reason
+    common = ["4", "default", "eager", "library GEMMs", reason]
+    assert cells[1:] == [
+        ["layers.*.q", "3", "16 x 32", *common],
+        ["layers.*.v", "2", "8 x 32", *common],
+        ["layers.1.v", "1", "8 x 32", "0", "none", "base", "one GEMM", "-"],
+    ]
+    assert not any(line.endswith(" ") for line in lines)
+
+
+def test_a_model_without_lora_layers_says_so():
+    assert str(status(nn.Linear(2, 2))) == "no LoRA layers" and status(nn.Linear(2, 2)) == []
+
+
+def test_a_single_layer_and_a_meta_model_have_a_status():
+    layer = LoraLinear.from_linear(nn.Linear(8, 4), config())
+    assert columns(status(layer)[0])[:3] == (4, "default", "eager")
+    assert "'meta'" in status(net().to("meta"))[0].reason
