@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
@@ -218,6 +219,8 @@ class FinetuneOptions:
             seed=self.seed,
             data_seed=self.seed,
             use_cpu=not on_gpu,
+            # Else there is no bar where transformers' warnings are off.
+            disable_tqdm=False,
             dataloader_pin_memory=on_gpu,
             # A loss that is NaN is to be seen, not replaced.
             logging_nan_inf_filter=False,
@@ -348,14 +351,19 @@ class LoraTrainer(Trainer):
             )
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        """No loss, but each row's share of the batch's summed loss, and of its tokens.
+        """Each row's summed loss and number of trained tokens, for `mean_loss`.
 
-        Trainer would average the batches' losses; `mean_loss` averages over tokens, as in training.
+        Trainer's own evaluation averages the means of batches, whose tokens differ in number.
         """
-        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
-        rows = inputs["labels"].shape[0]
-        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss.device)
-        return None, (loss.double() * tokens / rows).expand(rows), (tokens / rows).expand(rows)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")[:, 1:]
+        with torch.no_grad():
+            logits = model(**inputs).logits[:, :-1]
+            losses = [
+                F.cross_entropy(row.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
+                for row, target in zip(logits, labels, strict=True)
+            ]
+        return None, torch.stack(losses), (labels != IGNORE_INDEX).sum(1)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Reads the adapters that `save_pretrained` wrote; transformers reads only PEFT's own."""
@@ -378,7 +386,7 @@ class LoraTrainer(Trainer):
 
 
 def mean_loss(prediction: Any) -> dict[str, float]:
-    """The evaluation loss over all tokens, from `LoraTrainer.prediction_step`'s sums."""
+    """The loss over all held-out tokens, from what `LoraTrainer.prediction_step` returns."""
     return {"loss": float(prediction.predictions.sum() / prediction.label_ids.sum())}
 
 
@@ -451,12 +459,11 @@ def train_and_save(
     """
     start = time.perf_counter()
     before = capture_lora_weights(trainer.model)
-    eval_losses = []
-    if trainer.eval_dataset is not None:
-        eval_losses.append((0, trainer.evaluate()["eval_loss"]))
+    # Not trainer.evaluate(): a model that Trainer has evaluated is not made distributed any more.
+    trainer.args.eval_on_start = trainer.eval_dataset is not None and not resume_from_checkpoint
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     history = trainer.state.log_history
-    eval_losses += [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h and h["step"]]
+    eval_losses = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
     steps = trainer.state.global_step
     if trainer.eval_dataset is not None and eval_losses[-1][0] != steps:
         eval_losses.append((steps, trainer.evaluate()["eval_loss"]))
@@ -505,7 +512,7 @@ def plot_losses(result: TrainingResult, path: Path) -> None:
         axes.plot(*zip(*result.train_losses, strict=True), label="training", color="tab:blue")
     if result.eval_losses:
         axes.plot(
-            *zip(*result.eval_losses, strict=True), "o-", label="held out", color="tab:orange"
+            *zip(*result.eval_losses, strict=True), "o--", label="held out", color="tab:orange"
         )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
     axes.grid(alpha=0.3)
