@@ -583,14 +583,17 @@ def test_a_faulty_gradient_is_one_error(run, finetune_command, output, monkeypat
 
 
 def start(*arguments: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lora_llama.cli", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.slow
 def test_control_c(finetune_command, output):
-    process = start(*finetune_command, "--max_steps=100000", "--save_steps=5")
+    process = start("lora_llama.cli", *finetune_command, "--max_steps=100000", "--save_steps=5")
     deadline = time.monotonic() + 120
     while not (output / "checkpoint-10").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -600,3 +603,32 @@ def test_control_c(finetune_command, output):
     assert process.returncode == 130
     assert "Traceback" not in err and "trainable params" in out
     assert "interrupted; --resume_from_checkpoint latest goes on from " in err
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(run, finetune_command, output, tmp_path, monkeypatch):
+    """Data-parallel by torchrun: as many rows a step, the same losses and weights."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Three held-out rows for two processes: one of them is there twice.
+    common = [*finetune_command, "--val_set_size=3", "--save_steps=2"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    process = start(
+        *torchrun, sys.executable, "-m", "lora_llama.cli", *common,
+        "--per_device_train_batch_size=2", "--per_device_eval_batch_size=1",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("gradients of the first step") == out.count("trainable params") == 1
+    assert (output / "checkpoint-2").is_dir()
+    one = tmp_path / "one"
+    assert run(*common, "--per_device_train_batch_size=4", "--output_dir", one).code == 0
+    ours, whole = (json.loads((path / "metrics.json").read_text()) for path in (output, one))
+    for name in ("train_losses", "eval_losses"):
+        assert len(ours[name]) == len(whole[name]) > 1
+        for (step, loss), (expected_step, expected) in zip(ours[name], whole[name], strict=True):
+            assert step == expected_step and loss == pytest.approx(expected, rel=1e-5)
+    for key, tensor in load_adapter(one)[1].items():
+        difference = load_adapter(output)[1][key] - tensor
+        assert difference.norm() <= 1e-3 * tensor.norm(), key
