@@ -465,7 +465,7 @@ def train_and_save(
     history = trainer.state.log_history
     eval_losses = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
     steps = trainer.state.global_step
-    if trainer.eval_dataset is not None and eval_losses[-1][0] != steps:
+    if trainer.eval_dataset is not None and steps not in dict(eval_losses):
         eval_losses.append((steps, trainer.evaluate()["eval_loss"]))
     result = TrainingResult(
         steps=steps,

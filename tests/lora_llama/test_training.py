@@ -533,6 +533,16 @@ def test_seeds_decide_the_training(options, on_cpu):
     assert first == same != other
 
 
+def test_a_resumed_training_may_begin_to_evaluate(options):
+    settings = options(max_steps=4, save_steps=2)
+    finetune(settings)
+    checkpoint = str(Path(settings.output_dir) / "checkpoint-2")
+    _, result = finetune(
+        dataclasses.replace(settings, resume_from_checkpoint=checkpoint, val_set_size=4)
+    )
+    assert [step for step, _ in result.eval_losses] == [4]
+
+
 def test_a_finished_training_resumes_to_nothing(options):
     settings = options(max_steps=4, save_steps=2, val_set_size=3)
     _, first = finetune(settings)
@@ -681,11 +691,11 @@ def test_speed_and_memory(options, sums, tiny_llama, capsys, on_cpu):
     assert f"loss={result.train_losses[4][1]:.3f}" in shown
 
 
-def test_peak_memory_grows_with_what_is_held():
-    before = peak_memory_bytes(CPU)
-    block = torch.ones(64 << 20)
-    assert peak_memory_bytes(CPU) - before > 100 << 20
-    del block
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own record")
+def test_peak_memory_is_what_the_kernel_recorded():
+    status = Path("/proc/self/status").read_text()
+    recorded = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    assert peak_memory_bytes(CPU) == pytest.approx(recorded, rel=0.05)
 
 
 def test_packed_batches_restart_positions(options, sums, trainer_of):
@@ -758,7 +768,7 @@ def test_report_to_names_what_is_there(name, options, tmp_path, monkeypatch):
 def test_options_become_the_adapter_and_the_arguments(options):
     settings = options(
         lora_target_modules=["q_proj"], use_rslora=True, weight_decay=0.1, max_grad_norm=0.5,
-        lora_dropout=0.3, save_steps=7, eval_steps=3, num_train_epochs=2, max_steps=-1,
+        lora_dropout=0.3, save_steps=7, eval_steps=3, num_train_epochs=2, max_steps=-1, seed=5,
     )  # fmt: skip
     assert settings.lora_config() == LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.3, target_modules=["q_proj"], use_rslora=True,
@@ -769,8 +779,8 @@ def test_options_become_the_adapter_and_the_arguments(options):
     arguments = settings.training_arguments(has_eval=True)
     expected = {
         "learning_rate": 5e-3, "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5,
-        "save_steps": 7, "eval_steps": 3, "num_train_epochs": 2, "max_steps": -1, "seed": 42,
-        "data_seed": 42, "report_to": [], "bf16": False, "fp16": False,
+        "save_steps": 7, "eval_steps": 3, "num_train_epochs": 2, "max_steps": -1, "seed": 5,
+        "data_seed": 5, "report_to": [], "bf16": False, "fp16": False,
     }  # fmt: skip
     assert {name: getattr(arguments, name) for name in expected} == expected
     assert arguments.save_strategy == arguments.eval_strategy == "steps"
