@@ -25,6 +25,7 @@ from lora_kernels.lora_linear.triton_gemm import (
     dropout_keep,
     gemm_tail,
     input_precision,
+    kernel_scaling,
     launch_options,
     load_scaling,
     needs_int64,
@@ -225,6 +226,7 @@ def backward(
     assert plan.dx is not None and plan.dy_b is not None and plan.d_a is not None
     need_dx, need_da, need_db, need_dbias = needs
     dx = d_lora_a = None
+    scaling = kernel_scaling(scaling, dy)
     p: Any
     p, d_lora_b, d_bias = dy_b(
         dy, lora_b, s, scaling, plan.dy_b, (need_dx or need_da, need_db, need_dbias)

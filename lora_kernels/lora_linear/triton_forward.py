@@ -23,6 +23,7 @@ from lora_kernels.lora_linear.triton_gemm import (
     dropout_keep,
     gemm_tail,
     input_precision,
+    kernel_scaling,
     launch_options,
     load_scaling,
     needs_int64,
@@ -216,6 +217,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y[M, N] and, if asked for, the scaled S[M, R], as the plan says."""
     assert plan.forward is not None and plan.shrink is not None
+    scaling = kernel_scaling(scaling, x)
     if plan.method == "one_pass":
         return one_pass(x, weight, lora_a, lora_b, bias, scaling, plan.forward, save_s)
     s = shrink(x, lora_a, scaling, plan.shrink, seed, dropout_p)

@@ -46,6 +46,13 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def kernel_scaling(scaling: float | Tensor, like: Tensor) -> float | Tensor:
+    """A float argument reaches a kernel in float32; float64 inputs take theirs by tensor, exact."""
+    if like.dtype == torch.float64:
+        return torch.as_tensor(scaling, dtype=torch.float64, device=like.device)
+    return scaling
+
+
 def launch_options(config: TileConfig | PassConfig) -> dict[str, int]:
     """What the compiler is told and the interpreter does not take."""
     if interpreting():
