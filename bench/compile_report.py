@@ -62,20 +62,14 @@ def compile_one(arch: str, index: int) -> Result:
     """Compiles the index-th case of `arch`; cases hold functions, so only their index travels."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     case = all_cases(arch)[index]
-    positions = {name: i for i, name in enumerate(case.kernel.arg_names)}
-    source = ASTSource(
-        case.kernel,
-        {name: case.signature[name] for name in case.kernel.arg_names},
-        {(positions[name],): value for name, value in case.constexprs.items()},
-        {(positions[name],): [["tt.divisibility", 16]] for name in case.divisible},
-    )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     try:
         kernel = triton.compile(
-            source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options
+            case.source(),
+            target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+            options=options,
         )
     except Exception as error:
         return Result(arch, case.name, f"{type(error).__name__}: {str(error).strip()[:500]}")

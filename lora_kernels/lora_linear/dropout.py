@@ -2,10 +2,13 @@
 
     keep[M, K] = 0 with probability p, else 1 / (1 - p)          x_lora = x * keep
 
-Only the seed (one int64 on the tensor's device) is ever stored. Two streams exist: torch's own
-generator, fast on every device torch supports, which eager and reference use; and Philox4x32-10
-counted by element, which the Triton kernels compute in registers and `philox_keep` states here.
+Only the seed (one int64 a projection, on the tensor's device) is ever stored. Two streams exist:
+torch's own generator, fast on every device torch supports, which eager and reference use; and
+Philox4x32-10 counted by element, which the Triton kernels compute in registers and `philox_keep`
+states here.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,9 +18,17 @@ _PHILOX_ROUND = (0xD2511F53, 0xCD9E8D57)
 _LOW_32 = 0xFFFFFFFF
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """One non-negative int64 seed, shape [1], from torch's default generator on `device`."""
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+@dataclass(frozen=True)
+class Dropout:
+    """The masks of a group of LoRA branches: one int64 seed each, [G], and the probability."""
+
+    seeds: Tensor
+    p: float
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Non-negative int64 seeds, shape [count], from torch's default generator on `device`."""
+    return torch.randint(0, 2**62, (count,), dtype=torch.int64, device=device)
 
 
 def drop_threshold(p: float) -> int:

@@ -3,8 +3,9 @@
     x[M, K]  weight[N, K] (frozen)  lora_a[R, K]  lora_b[N, R]  bias[N]  s = scaling
     y[M, N] = x weightᵀ + bias + s (dropout(x) lora_aᵀ) lora_bᵀ
 
-The dtypes are settled here and nowhere else: below the custom ops every tensor has x's dtype
-(autocast's, where it is on), and the gradients of the adapter come back in the adapter's dtype.
+The op takes a group of projections of one x; `lora_linear` is a group of one. The dtypes are
+settled here and nowhere else: below the custom ops every tensor has x's dtype (autocast's, where it
+is on), and the gradients of the adapter come back in the adapter's dtype.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from lora_kernels.dispatch import requested, resolve
 from lora_kernels.lora_linear import eager, reference
-from lora_kernels.lora_linear.dropout import draw_seed, generator_keep
+from lora_kernels.lora_linear.dropout import Dropout, draw_seeds, generator_keep
 from lora_kernels.lora_linear.plan import Plan, plan
 
 # weight, lora_a, lora_b, scaling, bias. Without an adapter lora_a and lora_b are None.
 Projection = tuple[Tensor, Tensor | None, Tensor | None, float | Tensor, Tensor | None]
+_Complete = tuple[Tensor, Tensor, Tensor, float | Tensor, Tensor | None]
 
 
 @cache
@@ -35,7 +37,13 @@ def architecture(device: torch.device) -> str:
 
 
 def plan_for(
-    m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, dropout: bool = False
+    m: int,
+    n: int | tuple[int, ...],
+    k: int,
+    r: int | tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    dropout: bool = False,
 ) -> Plan:
     """The plan of the Triton kernels on `device`; on a CPU, the interpreter's."""
     arch = architecture(device)
@@ -77,29 +85,7 @@ def lora_linear(
 
     Source: Hu et al., "LoRA" (arXiv:2106.09685); PEFT's semantics (peft/tuners/lora/layer.py).
     """
-    _validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif weight.dtype != x.dtype:
-        raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype}")
-    elif bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"bias: expected x's dtype {x.dtype}, got {bias.dtype}")
-
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    impl = requested(impl)
-    if impl == "reference":
-        keep = None if seed is None else generator_keep(seed, dropout_p, x)
-        frozen = weight.to(x.dtype)
-        offset = None if bias is None else bias.to(x.dtype)
-        return reference.lora_linear(x, frozen, lora_a, lora_b, scaling, offset, keep)
-
-    rows = x.reshape(-1, x.shape[-1])
-    value, tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
-    save_s = torch.is_grad_enabled() and lora_b.requires_grad
-    y, _ = _forward_op(
-        rows, weight, lora_a, lora_b, bias, value, tensor, seed, dropout_p, impl, save_s
-    )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return _run(x, [(weight, lora_a, lora_b, scaling, bias)], dropout_p, impl, ("",))[0]
 
 
 def lora_linear_grouped(
@@ -109,6 +95,9 @@ def lora_linear_grouped(
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Several LoRA linear layers of one input: q, k, v of an attention, gate and up of an MLP.
+
+    Without dropout x is read once for all the low-rank products and once for all the gradients of
+    lora_a; dx is one GEMM over the concatenated outputs. The weights stay where they are.
 
     Args:
         x: [..., K], as for `lora_linear`.
@@ -126,16 +115,81 @@ def lora_linear_grouped(
     """
     if not projections:
         raise ValueError("projections: expected at least one, got none")
-    outputs = []
+    complete: dict[int, _Complete] = {}
+    outputs: dict[int, Tensor] = {}
     for index, (weight, lora_a, lora_b, scaling, bias) in enumerate(projections):
         if lora_a is None and lora_b is None:
-            outputs.append(F.linear(x, weight, bias))
+            outputs[index] = F.linear(x, weight, bias)
         elif lora_a is None or lora_b is None:
             missing = "lora_a" if lora_a is None else "lora_b"
             raise ValueError(f"projections[{index}]: {missing} is None and its counterpart is not")
         else:
-            outputs.append(lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, impl))
-    return tuple(outputs)
+            complete[index] = (weight, lora_a, lora_b, scaling, bias)
+    if complete:
+        names = tuple(f"projections[{index}]." for index in complete)
+        ys = _run(x, list(complete.values()), dropout_p, impl, names)
+        outputs.update(zip(complete, ys, strict=True))
+    return tuple(outputs[index] for index in range(len(projections)))
+
+
+def _run(
+    x: Tensor,
+    projections: Sequence[_Complete],
+    dropout_p: float,
+    impl: str,
+    names: Sequence[str],
+) -> tuple[Tensor, ...]:
+    """`names` is what errors call each projection's arguments by: a prefix."""
+    for name, projection in zip(names, projections, strict=True):
+        _validate(x, *projection, dropout_p, name)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    else:
+        for name, (weight, _, _, _, bias) in zip(names, projections, strict=True):
+            if weight.dtype != x.dtype:
+                raise TypeError(f"{name}weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+            if bias is not None and bias.dtype != x.dtype:
+                raise TypeError(f"{name}bias: expected x's dtype {x.dtype}, got {bias.dtype}")
+
+    seeds = draw_seeds(len(projections), x.device) if dropout_p > 0.0 else None
+    impl = requested(impl)
+    if impl == "reference":
+        return tuple(
+            reference.lora_linear(
+                x, weight.to(x.dtype), lora_a, lora_b, scaling,
+                None if bias is None else bias.to(x.dtype),
+                None if seeds is None else generator_keep(seeds[g], dropout_p, x),
+            )
+            for g, (weight, lora_a, lora_b, scaling, bias) in enumerate(projections)
+        )  # fmt: skip
+
+    weights, lora_as, lora_bs, scalings, biases = zip(*projections, strict=True)
+    values, scaling_tensor = _scalings(scalings, x)
+    given = [] if all(bias is None for bias in biases) else [
+        x.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip(weights, biases, strict=True)
+    ]  # fmt: skip
+    save_s = torch.is_grad_enabled() and any(lora_b.requires_grad for lora_b in lora_bs)
+    ys, _ = _forward_op(
+        x.reshape(-1, x.shape[-1]), weights, lora_as, lora_bs, given, values, scaling_tensor,
+        seeds, dropout_p, impl, save_s,
+    )  # fmt: skip
+    leading = x.shape[:-1]
+    return tuple(y.reshape(*leading, y.shape[-1]) for y in ys)
+
+
+def _scalings(scalings: Sequence[float | Tensor], x: Tensor) -> tuple[list[float], Tensor | None]:
+    """All by value, or, where one is a tensor, all in one tensor [G] on x's device."""
+    if not any(isinstance(scaling, Tensor) for scaling in scalings):
+        return [float(scaling) for scaling in scalings], None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = [
+        scaling.reshape(()).to(dtype)
+        if isinstance(scaling, Tensor)
+        else torch.full((), float(scaling), dtype=dtype, device=x.device)
+        for scaling in scalings
+    ]
+    return [1.0] * len(rows), torch.stack(rows)
 
 
 def _validate(
@@ -146,11 +200,13 @@ def _validate(
     scaling: float | Tensor,
     bias: Tensor | None,
     dropout_p: float,
+    prefix: str,
 ) -> None:
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
         tensors["bias"] = bias
-    for name, tensor in tensors.items():
+    for argument, tensor in tensors.items():
+        name = argument if argument == "x" else prefix + argument
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
@@ -159,179 +215,242 @@ def _validate(
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
     for name in ("weight", "lora_a", "lora_b"):
         if tensors[name].dim() != 2:
-            raise ValueError(f"{name}: expected 2 dimensions, got {tuple(tensors[name].shape)}")
+            raise ValueError(
+                f"{prefix}{name}: expected 2 dimensions, got {tuple(tensors[name].shape)}"
+            )
     if x.dim() < 1:
         raise ValueError("x: expected at least 1 dimension, got a scalar")
     n, k = weight.shape
     r = lora_a.shape[0]
     if r < 1:
-        raise ValueError(f"lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}")
+        raise ValueError(
+            f"{prefix}lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}"
+        )
     expected = {"x": (*x.shape[:-1], k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,)}
     for name, tensor in tensors.items():
         if name != "weight" and tuple(tensor.shape) != expected[name]:
             raise ValueError(
-                f"{name}: expected shape {tuple(expected[name])} for weight {(n, k)} and rank {r}, "
+                f"{name if name == 'x' else prefix + name}: expected shape "
+                f"{tuple(expected[name])} for weight {(n, k)} and rank {r}, "
                 f"got {tuple(tensor.shape)}"
             )
     if torch.is_grad_enabled() and weight.requires_grad:
         raise ValueError(
-            "weight: expected requires_grad=False (the base weight is frozen and gets no "
+            f"{prefix}weight: expected requires_grad=False (the base weight is frozen and gets no "
             "gradient), got requires_grad=True"
         )
     if isinstance(scaling, Tensor):
         if scaling.numel() != 1 or not scaling.is_floating_point():
             raise ValueError(
-                f"scaling: expected a float or a floating-point tensor with one element, got "
-                f"{scaling.dtype} of shape {tuple(scaling.shape)}"
+                f"{prefix}scaling: expected a float or a floating-point tensor with one element, "
+                f"got {scaling.dtype} of shape {tuple(scaling.shape)}"
             )
         if scaling.device != x.device:
-            raise ValueError(f"scaling: expected x's device {x.device}, got {scaling.device}")
+            raise ValueError(
+                f"{prefix}scaling: expected x's device {x.device}, got {scaling.device}"
+            )
         if torch.is_grad_enabled() and scaling.requires_grad:
-            raise ValueError("scaling: expected requires_grad=False, got requires_grad=True")
+            raise ValueError(
+                f"{prefix}scaling: expected requires_grad=False, got requires_grad=True"
+            )
     elif not isinstance(scaling, int | float):
-        raise TypeError(f"scaling: expected a float or a tensor, got {type(scaling).__name__}")
+        raise TypeError(
+            f"{prefix}scaling: expected a float or a tensor, got {type(scaling).__name__}"
+        )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
 
 
-def _plan(x: Tensor, weight: Tensor, lora_a: Tensor, dropout: bool, impl: str) -> Plan | None:
+def _plan(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    dropout: bool,
+    impl: str,
+) -> Plan | None:
     """The Triton plan, or None for library GEMMs. Forward and backward come to the same."""
     if resolve(impl, x.device, x.dtype) != "triton":
         return None
-    n, k = weight.shape
-    chosen = plan_for(x.shape[0], n, k, lora_a.shape[0], x.dtype, x.device, dropout)
+    n = tuple(weight.shape[0] for weight in weights)
+    r = tuple(lora_a.shape[0] for lora_a in lora_as)
+    chosen = plan_for(x.shape[0], n, weights[0].shape[1], r, x.dtype, x.device, dropout)
     return None if chosen.method == "library" else chosen
 
 
-def _in_dtype_of(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(x.dtype) for tensor in tensors]
+def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All lora_a [R_g, K], one below the other, contiguous and in one dtype."""
+    if len(tensors) == 1:
+        return tensors[0].to(dtype).contiguous()
+    return torch.cat([tensor.to(dtype) for tensor in tensors])
+
+
+def _operands(
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    return (
+        [weight.to(dtype) for weight in weights],
+        _stacked(lora_as, dtype),
+        [lora_b.to(dtype).contiguous() for lora_b in lora_bs],
+    )
 
 
 @torch.library.custom_op("lora_kernels::lora_linear", mutates_args=())
 def _forward_op(
     x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scalings: Sequence[float],
     scaling_tensor: Tensor | None,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     dropout_p: float,
     impl: str,
     save_s: bool,
-) -> tuple[Tensor, Tensor]:
-    """y[M, N] and the scaled S[M, R], which has no rows where backward does not need it."""
-    scale: float | Tensor = scaling if scaling_tensor is None else scaling_tensor
-    w, a, b, offset = _in_dtype_of(x, weight, lora_a, lora_b, bias)
-    assert w is not None and a is not None and b is not None
-    chosen = _plan(x, weight, lora_a, seed is not None, impl)
+) -> tuple[list[Tensor], Tensor]:
+    """y_g[M, N_g] and the scaled S[M, R], which has no rows where backward does not need it."""
+    frozen, lora_a, expansions = _operands(weights, lora_as, lora_bs, x.dtype)
+    offsets = [bias.to(x.dtype).contiguous() for bias in biases] or None
+    dropout = None if seeds is None else Dropout(seeds, dropout_p)
+    chosen = _plan(x, weights, lora_as, seeds is not None, impl)
+    arguments = (x, frozen, lora_a, expansions, offsets, list(scalings), scaling_tensor, dropout)
     s: Tensor | None
     if chosen is None:
-        y, s = eager.forward(x, w, a, b, offset, scale, seed, dropout_p)
+        ys, s = eager.forward(*arguments)
     else:
         from lora_kernels.lora_linear import triton_forward
 
         with torch.cuda.device_of(x):
-            y, s = triton_forward.forward(
-                x, w, a, b, offset, scale, seed, dropout_p, save_s, chosen
-            )
-    return y, s if save_s and s is not None else x.new_empty(0, lora_a.shape[0])
+            ys, s = triton_forward.forward(*arguments, save_s, chosen)
+    return ys, s if save_s and s is not None else x.new_empty(0, lora_a.shape[0])
 
 
 @_forward_op.register_fake
-def _(x, weight, lora_a, lora_b, bias, scaling, scaling_tensor, seed, dropout_p, impl, save_s):
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, x.new_empty(x.shape[0] if save_s else 0, lora_a.shape[0])
+def _(
+    x, weights, lora_as, lora_bs, biases, scalings, scaling_tensor, seeds, dropout_p, impl, save_s
+):
+    rank = sum(lora_a.shape[0] for lora_a in lora_as)
+    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    return ys, x.new_empty(x.shape[0] if save_s else 0, rank)
+
+
+def _adapter_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Their common dtype; of different ones, the widest."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 @torch.library.custom_op("lora_kernels::lora_linear_backward", mutates_args=())
 def _backward_op(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
     s: Tensor | None,
-    scaling: float,
+    scalings: Sequence[float],
     scaling_tensor: Tensor | None,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     dropout_p: float,
     impl: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, d_lora_a, d_lora_b, d_bias; one that is not needed is an empty tensor."""
-    scale: float | Tensor = scaling if scaling_tensor is None else scaling_tensor
-    w, a, b = _in_dtype_of(dy, weight, lora_a, lora_b)
-    assert w is not None and a is not None and b is not None
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """dx, the stacked d_lora_a[R, K], d_lora_b and d_bias of each projection.
+
+    `needs` says which of the four are made; the others are an empty tensor or no tensors.
+    """
     need_dx, need_da, need_db, need_dbias = needs
     flags = (need_dx, need_da, need_db, need_dbias)
-    chosen = _plan(dy, weight, lora_a, seed is not None, impl)
+    like = dys[0]
+    frozen, lora_a, expansions = _operands(weights, lora_as, lora_bs, like.dtype)
+    dropout = None if seeds is None else Dropout(seeds, dropout_p)
+    chosen = _plan(like, weights, lora_as, seeds is not None, impl)
+    arguments = (
+        list(dys), x, frozen, lora_a, expansions, s, list(scalings), scaling_tensor, dropout, flags
+    )  # fmt: skip
     if chosen is None:
-        gradients = eager.backward(dy, x, w, a, b, s, scale, seed, dropout_p, flags)
+        gradients = eager.backward(*arguments)
     else:
         from lora_kernels.lora_linear import triton_backward
 
-        with torch.cuda.device_of(dy):
-            gradients = triton_backward.backward(
-                dy, x, w, a, b, s, scale, seed, dropout_p, flags, chosen
-            )
-    dtypes = (dy.dtype, lora_a.dtype, lora_b.dtype, dy.dtype)
-    dx, d_lora_a, d_lora_b, d_bias = (
-        dy.new_empty(0) if gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip(gradients, dtypes, strict=True)
+        with torch.cuda.device_of(like):
+            gradients = triton_backward.backward(*arguments, chosen)
+    dx, d_lora_a, d_lora_bs, d_biases = gradients
+    return (
+        like.new_empty(0) if dx is None else dx,
+        like.new_empty(0) if d_lora_a is None else d_lora_a.to(_adapter_dtype(lora_as)),
+        [d.to(b.dtype) for d, b in zip(d_lora_bs or [], lora_bs if need_db else [], strict=True)],
+        [d.to(like.dtype) for d in d_biases or []],
     )
-    return dx, d_lora_a, d_lora_b, d_bias
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, lora_a, lora_b, s, scaling, scaling_tensor, seed, dropout_p, impl, needs):
+def _(
+    dys, x, weights, lora_as, lora_bs, s, scalings, scaling_tensor, seeds, dropout_p, impl, needs
+):
     need_dx, need_da, need_db, need_dbias = needs
-    n, k = weight.shape
+    like, k = dys[0], weights[0].shape[1]
+    rank = sum(lora_a.shape[0] for lora_a in lora_as)
     return (
-        dy.new_empty(dy.shape[0], k) if need_dx else dy.new_empty(0),
-        torch.empty_like(lora_a, memory_format=torch.contiguous_format)
-        if need_da
-        else dy.new_empty(0),
-        torch.empty_like(lora_b, memory_format=torch.contiguous_format)
-        if need_db
-        else dy.new_empty(0),
-        dy.new_empty(n) if need_dbias else dy.new_empty(0),
+        like.new_empty(like.shape[0], k) if need_dx else like.new_empty(0),
+        like.new_empty(rank, k, dtype=_adapter_dtype(lora_as)) if need_da else like.new_empty(0),
+        [lora_b.new_empty(lora_b.shape) for lora_b in lora_bs] if need_db else [],
+        [like.new_empty(weight.shape[0]) for weight in weights] if need_dbias else [],
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_a, lora_b, _, scaling, scaling_tensor, seed, dropout_p, impl, _ = inputs
+    x, weights, lora_as, lora_bs, _, scalings, scaling_tensor, seeds, dropout_p, impl, _ = inputs
     _, s = output
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    need_da, need_db = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+    # ctx.needs_input_grad is flat here, and nested like the arguments in backward.
+    need_da, need_db = (any(t.requires_grad for t in tensors) for tensors in (lora_as, lora_bs))
     # x is saved for d_lora_a alone and S for d_lora_b alone; the rest are references.
     ctx.save_for_backward(
-        x if need_da else None,
-        weight,
-        lora_a,
-        lora_b,
-        s if need_db else None,
-        scaling_tensor,
-        seed,
-    )
-    ctx.scaling, ctx.dropout_p, ctx.impl = scaling, dropout_p, impl
+        x if need_da else None, s if need_db else None, scaling_tensor, seeds,
+        *weights, *lora_as, *lora_bs,
+    )  # fmt: skip
+    ctx.rows = x.shape[0]
+    ctx.scalings, ctx.dropout_p, ctx.impl = scalings, dropout_p, impl
 
 
-def _backward(ctx, dy, _):
-    x, weight, lora_a, lora_b, s, scaling_tensor, seed = ctx.saved_tensors
-    needs_grad = ctx.needs_input_grad
-    needs = [needs_grad[0], needs_grad[2], needs_grad[3], needs_grad[4]]
-    gradients: list[Tensor | None] = [None] * 4
-    if dy is not None and any(needs):
-        computed = _backward_op(
-            dy, x, weight, lora_a, lora_b, s, ctx.scaling, scaling_tensor, seed, ctx.dropout_p,
-            ctx.impl, needs,
+def _backward(ctx, dys, _):
+    x, s, scaling_tensor, seeds, *rest = ctx.saved_tensors
+    count = len(rest) // 3
+    weights, lora_as, lora_bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
+    needs = [need_x, any(need_a), any(need_b), any(need_bias)]
+    given = next((dy for dy in dys if dy is not None), None)
+    none = [None] * count
+    d_x, d_lora_as, d_lora_bs, d_biases = None, none, none, [None] * len(need_bias)
+    if given is not None and any(needs):
+        # An output that nothing used has no gradient.
+        complete = [
+            given.new_zeros(ctx.rows, weight.shape[0]) if dy is None else dy
+            for dy, weight in zip(dys, weights, strict=True)
+        ]
+        dx, d_lora_a, d_b, d_bias = _backward_op(
+            complete, x, weights, lora_as, lora_bs, s, ctx.scalings, scaling_tensor, seeds,
+            ctx.dropout_p, ctx.impl, needs,
         )  # fmt: skip
-        gradients = [g if need else None for g, need in zip(computed, needs, strict=True)]
-    dx, d_lora_a, d_lora_b, d_bias = gradients
-    return dx, None, d_lora_a, d_lora_b, d_bias, None, None, None, None, None, None
+        d_x = dx if need_x else None
+        if needs[1]:
+            parts = d_lora_a.split([lora_a.shape[0] for lora_a in lora_as])
+            d_lora_as = [
+                part.to(lora_a.dtype) if need else None
+                for part, lora_a, need in zip(parts, lora_as, need_a, strict=True)
+            ]
+        if needs[2]:
+            d_lora_bs = [d if need else None for d, need in zip(d_b, need_b, strict=True)]
+        if needs[3]:
+            d_biases = [d if need else None for d, need in zip(d_bias, need_bias, strict=True)]
+    return d_x, none, d_lora_as, d_lora_bs, d_biases, None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,7 @@ import torch.utils.checkpoint
 
 from lora_kernels import testing
 from lora_kernels.lora_linear import reference
-from lora_kernels.lora_linear.dropout import generator_keep, philox_keep
+from lora_kernels.lora_linear.dropout import Dropout, generator_keep, philox_keep
 from lora_kernels.lora_linear.op import lora_linear
 
 IMPLS = [pytest.param("triton", marks=pytest.mark.kernel), "eager", "reference"]
@@ -53,7 +53,7 @@ def test_kernels_follow_the_stated_stream(seed, device):
     plan = plan_for(m, k, k, k, torch.float32, device, dropout=True)
     eye = torch.eye(k, device=device)
     s = triton_forward.shrink(
-        torch.ones(m, k, device=device), eye, 1.0, plan.shrink, seed_tensor, p
+        torch.ones(m, k, device=device), eye, [k], [1.0], None, plan.shrink, Dropout(seed_tensor, p)
     )
     torch.testing.assert_close(s, philox_keep(seed_tensor, p, m, k, torch.float32))
 

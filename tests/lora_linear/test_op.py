@@ -7,7 +7,7 @@ import lora_kernels as lk
 from lora_kernels import testing
 from lora_kernels.dispatch import interpreting
 from lora_kernels.lora_linear import op
-from lora_kernels.lora_linear.op import lora_linear, lora_linear_grouped
+from lora_kernels.lora_linear.op import lora_linear
 
 KERNEL = pytest.param("triton", marks=pytest.mark.kernel)
 
@@ -149,18 +149,27 @@ def test_autocast_computes_what_the_casts_say():
 
 
 @pytest.mark.parametrize("impl", [KERNEL, "eager"])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"tensor_scaling": True}, {"dropout": True}], ids=str)
-def test_opcheck(impl, options, device):
-    tensors, bias, _ = arguments(device=device, m=9)
-    leaves = [t.requires_grad_(i != 1) for i, t in enumerate(tensors)]
-    scaling = torch.tensor(0.5, device=device) if "tensor_scaling" in options else None
-    seed = torch.tensor([3], device=device) if "dropout" in options else None
-    sample = (*leaves, bias.requires_grad_(), 0.5, scaling, seed, 0.25 if options else 0.0, impl)
+def test_opcheck(impl, count, options, device):
+    x, weights, lora_as, lora_bs, biases = None, [], [], [], []
+    for g in range(count):
+        (x, weight, lora_a, lora_b), bias, _ = arguments(device=device, m=9, n=33 - g, r=5 + g)
+        weights.append(weight)
+        for tensors, tensor in ((lora_as, lora_a), (lora_bs, lora_b), (biases, bias)):
+            tensors.append(tensor.requires_grad_())
+    scaling = torch.full((count,), 0.5, device=device) if "tensor_scaling" in options else None
+    seeds = torch.arange(3, 3 + count, device=device) if "dropout" in options else None
+    p = 0.0 if seeds is None else 0.25
+    scalings = [0.5] * count
+    sample = (
+        x.requires_grad_(), weights, lora_as, lora_bs, biases, scalings, scaling, seeds, p, impl
+    )  # fmt: skip
     torch.library.opcheck(op._forward_op, (*sample, True))
-    y, s = op._forward_op(*sample, True)
-    saved = (y.detach(), *(t.detach() for t in leaves), s.detach(), 0.5, scaling, seed)
-    needs = [True, True, False, True]
-    torch.library.opcheck(op._backward_op, (*saved, 0.25 if options else 0.0, impl, needs))
+    ys, s = op._forward_op(*sample, True)
+    a, b = ([t.detach() for t in tensors] for tensors in (lora_as, lora_bs))
+    saved = ([y.detach() for y in ys], x.detach(), weights, a, b, s.detach(), scalings, scaling)
+    torch.library.opcheck(op._backward_op, (*saved, seeds, p, impl, [True, True, False, True]))
 
 
 @pytest.mark.parametrize("impl", [KERNEL, "eager", "auto"])
@@ -255,7 +264,7 @@ def test_backward_uses_the_forward_passes_implementation(device, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_64_bit_offsets_change_no_bit(bias, seed, device, monkeypatch):
     """Forced on small inputs; `needs_int64` decides alone on large ones."""
-    from lora_kernels.lora_linear import triton_backward, triton_forward, triton_gemm
+    from lora_kernels.lora_linear import triton_backward, triton_forward
 
     inputs = testing.lora_linear_inputs(17, 33, 20, 5, torch.float32, device, bias)
     rate = 0.0 if seed is None else 0.4
@@ -265,7 +274,7 @@ def test_64_bit_offsets_change_no_bit(bias, seed, device, monkeypatch):
         return testing.outputs_and_gradients(lora_linear, inputs, 0.75, rate, "triton")
 
     narrow = run()
-    for module in (triton_forward, triton_backward, triton_gemm):
+    for module in (triton_forward, triton_backward):
         monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
     wide = run()
     for name in narrow:
@@ -273,7 +282,7 @@ def test_64_bit_offsets_change_no_bit(bias, seed, device, monkeypatch):
 
 
 def test_needs_int64_is_decided_by_the_largest_offset():
-    from lora_kernels.lora_linear.triton_gemm import needs_int64
+    from lora_kernels.lora_linear.triton_common import needs_int64
 
     meta = torch.device("meta")
     assert not needs_int64(torch.empty(2**15, 2**15, device=meta))
@@ -291,28 +300,3 @@ def test_more_than_2_31_elements():
     y = lora_linear(x, *tensors, impl="triton")
     tail = lora_linear(x[-100:].clone(), *tensors, impl="triton")
     torch.testing.assert_close(y[-100:], tail, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("impl", [KERNEL, "eager", "reference"])
-def test_grouped_equals_single_calls(impl, device):
-    """q, k, v of one x: other N, R, scaling and bias each, one projection without an adapter."""
-    x = testing.lora_linear_inputs(9, 1, 20, 1, torch.float32, device)["x"]
-    projections = []
-    for i, (n, r) in enumerate(((33, 5), (16, 3), (16, 16))):
-        t = testing.lora_linear_inputs(9, n, 20, r, torch.float32, device, seed=i)
-        bias = t["bias"] if i else None
-        projections.append((t["weight"], t["lora_a"], t["lora_b"], 0.5 + i, bias))
-    plain = projections[1][0]
-    ys = lora_linear_grouped(x, [*projections, (plain, None, None, 1.0, None)], impl=impl)
-    for y, (weight, lora_a, lora_b, scaling, bias) in zip(ys[:3], projections, strict=True):
-        single = lora_linear(x, weight, lora_a, lora_b, scaling, bias, impl=impl)
-        assert torch.equal(y, single)
-    assert torch.equal(ys[3], torch.nn.functional.linear(x, plain))
-
-
-def test_grouped_errors():
-    x = torch.randn(2, 3)
-    with pytest.raises(ValueError, match="projections: expected at least one"):
-        lora_linear_grouped(x, [])
-    with pytest.raises(ValueError, match=r"projections\[0\]: lora_b is None"):
-        lora_linear_grouped(x, [(torch.randn(4, 3), torch.randn(2, 3), None, 1.0, None)])
