@@ -284,25 +284,33 @@ class LoraLinear(nn.Linear):
 
 
 def grouped_projection(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """The outputs of several layers of the same input (q, k, v; gate, up), x[..., K] read once.
+    """The outputs of several layers of the same input (q, k, v; gate, up), by one operation.
 
-    Layers that one kernel call cannot serve (not a LoraLinear, hooks, several adapters with
-    dropout, different dropout rates) are called one by one, with the same result.
+    Layers that one call cannot serve (not a LoraLinear, hooks, several adapters with dropout,
+    different dropout rates) are called one by one, with the same result.
     """
+    together = projections_of(layers)
+    if together is None:
+        return tuple(layer(x) for layer in layers)
+    return lora_linear_grouped(x, together[0], dropout_p=together[1])
+
+
+def projections_of(layers: Sequence[nn.Module]) -> tuple[list[Projection], float] | None:
+    """The projections and the dropout of one call that serves all the layers, or None."""
     projections: list[Projection] = []
     rates = set()
     for layer in layers:
         if type(layer) is not LoraLinear or _has_hooks(layer):
-            break
+            return None
         single = layer.projection()
         if single is None:
-            break
+            return None
         projections.append(single[0])
         if single[0][1] is not None:
             rates.add(single[1])
-    if len(projections) == len(layers) and len(rates) <= 1:
-        return lora_linear_grouped(x, projections, dropout_p=rates.pop() if rates else 0.0)
-    return tuple(layer(x) for layer in layers)
+    if len(rates) > 1:
+        return None
+    return projections, rates.pop() if rates else 0.0
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from re import sub
 from torch import nn
 
 from lora_kernels.dispatch import requested, resolve, why_not_triton
-from lora_kernels.layers import LoraLinear, lora_layers
+from lora_kernels.layers import LoraLinear, lora_layers, projections_of
 from lora_kernels.lora_linear.op import plan_for
 
 
@@ -23,6 +23,8 @@ class LayerStatus:
         implementation: "triton", "eager", "reference", "base" where the base alone runs, or "none"
             where the implementation that is forced cannot run.
         plan: the plan's method and tiles, or the library's GEMMs.
+        group: the names of the layers that one operation serves together with this one and this
+            one's, in order; empty where it runs alone.
         reason: why this implementation and not the fused kernel; empty where it is fused.
     """
 
@@ -33,6 +35,7 @@ class LayerStatus:
     implementation: str
     plan: str
     reason: str
+    group: tuple[str, ...] = ()
 
 
 class Status(list[LayerStatus]):
@@ -45,13 +48,17 @@ class Status(list[LayerStatus]):
         for row in self:
             pattern = sub(r"\.\d+\.", ".*.", row.name)
             rows.setdefault((pattern, *_content(row)), []).append(row)
-        header = ("layer", "count", "out x in", "rank", "adapters", "runs", "plan", "why not fused")
+        header = (
+            "layer", "count", "out x in", "rank", "adapters", "runs", "in one op", "plan",
+            "why not fused",
+        )  # fmt: skip
         table = [header]
         for (pattern, *_), members in rows.items():
             row = members[0]
             name = pattern if len(members) > 1 else row.name
             count, shape = str(len(members)), f"{row.shape[0]} x {row.shape[1]}"
-            content = (row.adapters, row.implementation, row.plan, row.reason or "-")
+            group = " ".join(row.group) or "-"
+            content = (row.adapters, row.implementation, group, row.plan, row.reason or "-")
             table.append((name, count, shape, str(row.rank), *content))
         return _aligned(table)
 
@@ -62,10 +69,38 @@ def status(model: nn.Module, tokens: int = 2048) -> Status:
     Args:
         tokens: the number of rows of x that the plan is asked for (batch times sequence length).
     """
-    return Status(_layer_status(name, layer, tokens) for name, layer in lora_layers(model))
+    groups = _groups(model)
+    return Status(
+        _layer_status(name, layer, tokens, groups.get(name, {}))
+        for name, layer in lora_layers(model)
+    )
 
 
-def _layer_status(name: str, layer: LoraLinear, tokens: int) -> LayerStatus:
+def _groups(model: nn.Module) -> dict[str, dict[str, LoraLinear]]:
+    """By layer's path: the layers with an adapter, by name, that one operation serves together.
+
+    A module that calls `grouped_projection` names its children in `projection_groups`.
+    """
+    groups: dict[str, dict[str, LoraLinear]] = {}
+    for path, module in model.named_modules():
+        for names in getattr(module, "projection_groups", ()):
+            children = [getattr(module, name) for name in names]
+            together = projections_of(children)
+            if together is None:
+                continue
+            members = {
+                name: child
+                for name, child, (_, lora_a, *_) in zip(names, children, together[0], strict=True)
+                if lora_a is not None
+            }
+            prefix = f"{path}." if path else ""
+            groups.update({f"{prefix}{name}": members for name in members if len(members) > 1})
+    return groups
+
+
+def _layer_status(
+    name: str, layer: LoraLinear, tokens: int, group: dict[str, LoraLinear]
+) -> LayerStatus:
     shape = (layer.out_features, layer.in_features)
     if layer.merged_adapters:
         return LayerStatus(
@@ -75,7 +110,7 @@ def _layer_status(name: str, layer: LoraLinear, tokens: int) -> LayerStatus:
         state = "disabled" if layer.disabled else "none"
         return LayerStatus(name, shape, 0, state, "base", "one GEMM", "")
     device, dtype = layer.weight.device, layer.weight.dtype
-    rank = sum(layer.lora_A[adapter].shape[0] for adapter in layer.active_adapters)
+    rank = _rank(layer)
     dropout = layer.training and any(layer.lora_dropout[a] for a in layer.active_adapters)
     several = dropout and len(layer.active_adapters) > 1
     adapters = " + ".join(layer.active_adapters)
@@ -85,7 +120,10 @@ def _layer_status(name: str, layer: LoraLinear, tokens: int) -> LayerStatus:
     implementation = resolve(forced, device, dtype)
     plan, reason = "library GEMMs", ""
     if implementation == "triton":
-        chosen = plan_for(tokens, *shape, rank, dtype, device, dropout)
+        layers = list(group.values()) or [layer]
+        n = tuple(member.out_features for member in layers)
+        ranks = tuple(_rank(member) for member in layers)
+        chosen = plan_for(tokens, n, layer.in_features, ranks, dtype, device, dropout)
         plan = str(chosen)
         if chosen.method == "library":
             implementation, reason = "eager", chosen.reason
@@ -95,11 +133,16 @@ def _layer_status(name: str, layer: LoraLinear, tokens: int) -> LayerStatus:
         reason = obstacle or "the interpreter runs only by name"
     else:
         reason = f"implementation({forced!r}) is open"
-    return LayerStatus(name, shape, rank, adapters, implementation, plan, reason)
+    together = tuple(group) if implementation != "reference" else ()
+    return LayerStatus(name, shape, rank, adapters, implementation, plan, reason, together)
+
+
+def _rank(layer: LoraLinear) -> int:
+    return sum(layer.lora_A[adapter].shape[0] for adapter in layer.active_adapters)
 
 
 def _content(row: LayerStatus) -> tuple:
-    return row.shape, row.rank, row.adapters, row.implementation, row.plan, row.reason
+    return row.shape, row.rank, row.adapters, row.implementation, row.plan, row.reason, row.group
 
 
 def _aligned(table: Iterable[tuple[str, ...]]) -> str:

@@ -157,7 +157,8 @@ def test_the_table_has_one_line_for_equal_layers_of_repeated_blocks():
     model = net()
     model["layers"][1]["v"].set_adapter([])
     lines = str(status(model)).splitlines()
-    header = ["layer", "count", "out x in", "rank", "adapters", "runs", "plan", "why not fused"]
+    header = ["layer", "count", "out x in", "rank", "adapters", "runs", "in one op", "plan"]
+    header.append("why not fused")
     starts = [lines[0].index(title) for title in header]
     cells = [
         [line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
@@ -165,11 +166,11 @@ def test_the_table_has_one_line_for_equal_layers_of_repeated_blocks():
     ]
     assert cells[0] == header
     reason = status(model)[0].reason
-    common = ["4", "default", "eager", "library GEMMs", reason]
+    common = ["4", "default", "eager", "-", "library GEMMs", reason]
     assert cells[1:] == [
         ["layers.*.q", "3", "16 x 32", *common],
         ["layers.*.v", "2", "8 x 32", *common],
-        ["layers.1.v", "1", "8 x 32", "0", "none", "base", "one GEMM", "-"],
+        ["layers.1.v", "1", "8 x 32", "0", "none", "base", "-", "one GEMM", "-"],
     ]
     assert not any(line.endswith(" ") for line in lines)
 
@@ -182,3 +183,29 @@ def test_a_single_layer_and_a_meta_model_have_a_status():
     layer = LoraLinear.from_linear(nn.Linear(8, 4), config())
     assert columns(status(layer)[0])[:3] == (4, "default", "eager")
     assert "'meta'" in status(net().to("meta"))[0].reason
+
+
+class Attention(nn.Module):
+    projection_groups = (("q", "v"), ("o",))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.o = nn.Linear(32, 16), nn.Linear(32, 8), nn.Linear(8, 8)
+
+
+def test_a_group_is_shown_with_the_plan_of_all_its_outputs(on_h100):
+    model = inject_lora(nn.ModuleList([Attention()]), config(target_modules=["q", "v", "o"]))
+    rows = {row.name: row for row in status(model.to(torch.bfloat16), tokens=64)}
+    assert rows["0.q"].group == rows["0.v"].group == ("q", "v")
+    assert rows["0.o"].group == ()
+    together = plan(64, (16, 8), 32, (4, 4), torch.bfloat16, "sm_90", False)
+    assert rows["0.q"].plan == str(together)
+    assert "q v" in str(status(model)).splitlines()[1]
+    # A layer that the one call cannot serve leaves each to itself.
+    handle = model[0].v.register_forward_hook(lambda *_: None)
+    assert status(model)[0].group == ()
+    handle.remove()
+    with implementation("reference"):
+        assert status(model)[0].group == ()
+    model[0].v.delete_adapter("default")
+    assert status(model)[0].group == ()

@@ -17,6 +17,8 @@ Shapes, and what is a tuple over projections: `triton_common.py`. lora_a, lora_b
 contiguous; x and the weights have any strides.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -270,20 +272,21 @@ def shrink(
     (m, k), s = x.shape, x.new_empty(x.shape[0], sum(ranks))
     scales = scaling_arguments(scalings, scaling_tensor, x.dtype, x.device)
     starts = first_columns(ranks)
+    parts: list[tuple[int, tuple[int, ...], Any, Dropout | None]]
     parts = [(0, tuple(ranks), scales, None)]
     if dropout is not None:
+        masks = (Dropout(seed, dropout.p) for seed in dropout.seeds.split(1))
         parts = [
-            (start, (rank,), (scale,), Dropout(seed, dropout.p))
-            for start, rank, scale, seed in zip(
-                starts, ranks, scales, dropout.seeds.split(1), strict=True
-            )
+            (start, (rank,), (scale,), mask)
+            for start, rank, scale, mask in zip(starts, ranks, scales, masks, strict=True)
         ]
     for start, part_ranks, part_scales, mask in parts:
         rank = sum(part_ranks)
+        seed, threshold, inverse_keep = dropout_arguments(mask)
         grid = (triton.cdiv(m, config.block_rows), triton.cdiv(rank, config.block_r))
         shrink_kernel[grid](
             x, lora_a[start : start + rank], s[:, start:],
-            *dropout_arguments(mask)[:1], part_scales, *dropout_arguments(mask)[1:],
+            seed, part_scales, threshold, inverse_keep,
             m, k, part_ranks, *x.stride(), s.stride(0),
             SCALING_IS_TENSOR=isinstance(scales[0], Tensor), DROPOUT=mask is not None,
             EVEN_K=k % config.block_columns == 0,

@@ -36,6 +36,8 @@ from lora_llama import loading
 class LoraAttention(nn.Module):
     """Multi-head attention with grouped-query heads, fused RoPE and adapters on q, k, v and o."""
 
+    projection_groups: ClassVar = (("q_proj", "k_proj", "v_proj"),)
+
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
@@ -89,6 +91,8 @@ class LoraAttention(nn.Module):
 
 class LoraMLP(nn.Module):
     """down(act(gate(x)) * up(x)) with adapters on all three."""
+
+    projection_groups: ClassVar = (("gate_proj", "up_proj"),)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
