@@ -300,7 +300,7 @@ def projections_of(layers: Sequence[nn.Module]) -> tuple[list[Projection], float
     projections: list[Projection] = []
     rates = set()
     for layer in layers:
-        if type(layer) is not LoraLinear or _has_hooks(layer):
+        if type(layer) is not LoraLinear or has_hooks(layer):
             return None
         single = layer.projection()
         if single is None:
@@ -313,7 +313,7 @@ def projections_of(layers: Sequence[nn.Module]) -> tuple[list[Projection], float
     return projections, rates.pop() if rates else 0.0
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward.
 
     A forward of the instance's own counts: accelerate moves offloaded weights in it.
@@ -330,7 +330,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def _check_replaceable(name: str, linear: nn.Module) -> None:
     if type(linear) is not nn.Linear:
         raise TypeError(f"{name}: expected torch.nn.Linear, got {type(linear).__name__}")
-    if _has_hooks(linear):
+    if has_hooks(linear):
         raise ValueError(f"{name}: expected a torch.nn.Linear without hooks, which would be lost")
 
 

@@ -3,9 +3,10 @@
     hidden_states [B, T, hidden]    q [B, H, T, D]    k, v [B, H_kv, T, D]    labels [B, T]
 
 Every projection (q, k, v, o, gate, up, down) is a `LoraLinear`, which without an adapter is a plain
-linear layer; q, k, v and gate, up are each one grouped operation. Names of modules and weights are
-transformers' (models/llama/modeling_llama.py), so checkpoints and PEFT adapters fit unchanged.
-Attention, masks, caches, rotary tables, generation and the loss are transformers' own.
+linear layer; q, k, v and gate, up are each one grouped operation; RMSNorm (with the residual add),
+RoPE, SwiGLU and the loss over a frozen head are operations of `lora_kernels` too. Names of modules
+and weights are transformers' (models/llama/modeling_llama.py), so checkpoints and PEFT adapters fit
+unchanged. Attention, masks, caches, rotary tables and generation are transformers' own.
 """
 
 import os
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
@@ -25,12 +28,37 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     eager_attention_forward,
 )
+from transformers.utils.generic import can_return_tuple
 
 from lora_kernels import adapters as model_adapters
-from lora_kernels import apply_rotary_pos_emb, inject_lora
+from lora_kernels import (
+    apply_rotary_pos_emb,
+    inject_lora,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
 from lora_kernels.config import LoraConfig
-from lora_kernels.layers import LoraLinear, active_adapters, grouped_projection, lora_layers
+from lora_kernels.layers import (
+    LoraLinear,
+    active_adapters,
+    grouped_projection,
+    has_hooks,
+    lora_layers,
+)
 from lora_llama import loading
+
+
+class LoraRMSNorm(LlamaRMSNorm):
+    """transformers' RMSNorm by `rms_norm`, which can add the residual stream first."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        """Returns the normalised sum, and with a residual the sum too, both [..., H]."""
+        if residual is not None and residual.dtype != hidden_states.dtype:
+            # Under autocast a sublayer's output is narrower than the residual stream.
+            total = hidden_states + residual
+            return rms_norm(total, self.weight, self.variance_epsilon), total
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
 
 
 class LoraAttention(nn.Module):
@@ -101,10 +129,11 @@ class LoraMLP(nn.Module):
         self.up_proj = LoraLinear(hidden, inner, bias=bias)
         self.down_proj = LoraLinear(inner, hidden, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.is_swiglu = config.hidden_act in ("silu", "swish")
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = grouped_projection(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(swiglu(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
 
 
 class LoraTransformerBlock(GradientCheckpointingLayer):
@@ -114,8 +143,8 @@ class LoraTransformerBlock(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LoraAttention(config, layer_idx)
         self.mlp = LoraMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = LoraRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LoraRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -138,8 +167,8 @@ class LoraTransformerBlock(GradientCheckpointingLayer):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normalised, hidden_states = self.post_attention_layernorm(attended, residual=hidden_states)
+        return hidden_states + self.mlp(normalised)
 
 
 class LoraLlamaModel(LlamaModel):
@@ -159,7 +188,7 @@ class LoraLlamaModel(LlamaModel):
         self.layers = nn.ModuleList(
             LoraTransformerBlock(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LoraRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -168,7 +197,8 @@ class LoraLlamaModel(LlamaModel):
 class LoraLlamaForCausalLM(LlamaForCausalLM):
     """A causal language model on `LoraLlamaModel`, with named adapters; works with `generate`.
 
-    The forward pass, the loss over every unmasked position and generation are LlamaForCausalLM's.
+    The forward pass, the loss over every unmasked position and generation are LlamaForCausalLM's;
+    in training mode, over a frozen head, the loss comes without logits (`linear_cross_entropy`).
 
     Args:
         config: transformers' Llama configuration.
@@ -249,6 +279,71 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         loading.check_complete(path, info)
         model.prepare_adapters()
         return model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As LlamaForCausalLM's, but that a training step's output has no logits.
+
+        Args:
+            input_ids: [B, T], or inputs_embeds [B, T, hidden] in their place.
+            labels: [B, T] like input_ids, -100 where nothing is to be learned; position t is scored
+                against labels[t + 1]. `shift_labels` [B, T] in kwargs is aligned already, and
+                `num_items_in_batch` is what the summed loss is divided by.
+
+        Returns:
+            loss (with labels), past_key_values, and logits [B, T, vocabulary]: None in training
+            mode with labels where the head is frozen. `model.eval()` has them always.
+        """
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        shifted = kwargs.get("shift_labels")
+        if labels is None or logits_to_keep != 0 or not self._has_frozen_head():
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **arguments)
+        outputs = self.model(**arguments)
+        hidden_states = outputs.last_hidden_state
+        loss = linear_cross_entropy(
+            hidden_states,
+            self.lm_head.weight,
+            (labels if shifted is None else shifted).to(hidden_states.device),
+            num_items=kwargs.get("num_items_in_batch"),
+            shift=shifted is None,
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _has_frozen_head(self) -> bool:
+        """Whether the loss is one operation on the head's weight: nothing in it trains or hooks."""
+        head = self.lm_head
+        return (
+            self.training
+            and type(head) is nn.Linear
+            and not head.weight.requires_grad
+            and head.bias is None
+            and not has_hooks(head)
+            and self.loss_function is ForCausalLMLoss
+        )
 
     def prepare_adapters(self) -> None:
         """Initialises the adapters that came off the meta device, and freezes all else.
