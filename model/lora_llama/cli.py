@@ -11,25 +11,29 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from lora_kernels.adapter_files import load_adapter
+from lora_llama.checkpoint_files import one_line
 from lora_llama.demo import run_demo
 from lora_llama.generation import generate_answers
-from lora_llama.gradients import gradient_table
-from lora_llama.loading import base_model_of, bundled_model, load_tokenizer
-from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.training import (
-    DtypeName,
-    FinetuneOptions,
-    default_device,
-    find_checkpoint,
-    finetune,
-    resolve_dtype,
+from lora_llama.gradients import GradientError, gradient_table
+from lora_llama.loading import (
+    base_model_of,
+    bundled_model,
+    check_writable,
+    is_adapter_directory,
+    load_tokenizer,
 )
+from lora_llama.model import LoraLlamaForCausalLM
+from lora_llama.options import DtypeName, FinetuneOptions, default_device, resolve_dtype
+from lora_llama.resuming import find_checkpoint
+from lora_llama.training import finetune
 from lora_llama.verification import verify_model
 
 
@@ -58,7 +62,8 @@ def generate(
         seed: of the sampling.
     """
     _check_at_least(1, max_new_tokens=max_new_tokens)
-    _check_at_least(0, temperature=temperature, seed=seed)
+    _check_at_least(0, temperature=temperature)
+    _check_seed(seed)
     llama = _load(model, adapter, gguf_file, dtype)
     tokenizer = load_tokenizer(model, gguf_file)
     request: str | list[dict[str, str]] = prompt
@@ -87,16 +92,20 @@ def merge(
     is_new = bool(output_dir) and not os.path.exists(output_dir)
     if not is_new and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
         raise ValueError(f"output_dir: expected a new or empty directory, got {output_dir!r}")
-    base = model or base_model_of(adapter)
-    llama = _load(base, adapter, gguf_file, dtype, keep_dtype=True)
-    plain = llama.merge_and_unload()
     parent = os.path.dirname(os.path.abspath(output_dir))
+    for directory in (output_dir, parent):
+        check_writable("output_dir", directory)
+    _check_named(adapter)
+    base = base_model_of(adapter) if model is None else model
+    llama = _load(base, adapter, gguf_file, dtype, keep_dtype=True)
+    tokenizer = load_tokenizer(base, gguf_file)
+    plain = llama.merge_and_unload()
     os.makedirs(parent, exist_ok=True)
     # Written beside the target and renamed: the directory is there whole, or not at all.
     staging = tempfile.mkdtemp(dir=parent, prefix=".merge-")
     try:
         plain.save_pretrained(staging)
-        load_tokenizer(base, gguf_file).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
         os.chmod(staging, 0o755)
         if os.path.isdir(output_dir):
             os.rmdir(output_dir)
@@ -125,7 +134,7 @@ def verify(
         tokens: length of the random sequence that is trained on.
         seed: of the adapter and the sequence.
     """
-    _check_at_least(0, seed=seed)
+    _check_seed(seed)
     _check_at_least(1, lora_r=lora_r)
     _check_at_least(2, tokens=tokens)
     path = str(bundled_model()) if model is None else model
@@ -141,6 +150,8 @@ def demo(output_dir: str = "outputs/demo", max_steps: int | None = None) -> None
     """
     if max_steps is not None:
         _check_at_least(1, max_steps=max_steps)
+    if output_dir:
+        check_writable("output_dir", output_dir)
     run_demo(output_dir, max_steps)
 
 
@@ -148,6 +159,18 @@ def _check_at_least(least: int, **options: float) -> None:
     for name, value in options.items():
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_seed(seed: int) -> None:
+    # The generators of numpy, which transformers seeds as well, take no more.
+    _check_at_least(0, seed=seed)
+    if seed >= 2**32:
+        raise ValueError(f"seed: expected less than 2**32, got {seed}")
+
+
+def _check_named(adapter: str) -> None:
+    if not adapter:
+        raise ValueError("adapter: expected a directory, got ''")
 
 
 def _finetune(**options: Any) -> None:
@@ -186,14 +209,21 @@ def _load(
     keep_dtype: bool = False,
 ) -> Any:
     """The model with its adapter, in the dtype that suits the device, or (kept) the file's own."""
+    if adapter is not None:
+        if is_adapter_directory(model):
+            raise ValueError(
+                f"model: expected the base model of {adapter}, got an adapter: {model}"
+            )
+        _check_named(adapter)
+        # What is wrong with it is known before the base model has been read.
+        load_adapter(adapter)
     transformers_logging.disable_progress_bar()
     device = default_device()
     wanted = "auto" if keep_dtype and dtype == "auto" else resolve_dtype(dtype, device)
     llama = LoraLlamaForCausalLM.from_pretrained(model, gguf_file=gguf_file, dtype=wanted)
     if adapter is not None:
-        name = "default" if not llama.lora_configs else "adapter"
-        llama.load_adapter(adapter, name)
-        llama.set_adapter(name)
+        llama.load_adapter(adapter)
+        llama.set_adapter("default")
     return llama.to(device)
 
 
@@ -233,7 +263,31 @@ def _config_first(arguments: list[str]) -> list[str]:
     finder = argparse.ArgumentParser(**options)
     finder.add_argument("--config", action="append", default=[])
     found, rest = finder.parse_known_args(arguments)
+    for file in found.config:
+        if not file:
+            raise argparse.ArgumentError(None, "--config: expected a file, got ''")
+        _check_config_file(file)
     return rest[:1] + [f"--config={file}" for file in found.config] + rest[1:]
+
+
+def _check_config_file(file: str) -> None:
+    """What is wrong inside a file that exists: jsonargparse names the fault, but not the file."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise argparse.ArgumentError(
+            None, f"--config {file}: not YAML: {one_line(error)}"
+        ) from error
+    except (OSError, ValueError):
+        return
+    if not isinstance(content, dict):
+        raise argparse.ArgumentError(
+            None,
+            f"--config {file}: expected lines of the form option: value, got "
+            f"{type(content).__name__}",
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -256,19 +310,32 @@ def main(arguments: list[str] | None = None) -> int:
         commands[name](**options)
     except argparse.ArgumentError as error:
         return _fail(f"{' '.join(str(error).split())} (--help lists commands and options)", 2)
-    except torch.OutOfMemoryError as error:
+    except GradientError as error:
+        return _fail(str(error))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _fail(one_line(error))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
         advice = "choose a smaller model, or dtype bfloat16"
         if name == "finetune":
             advice = (
                 "lower per_device_train_batch_size or max_length, or set gradient_checkpointing "
                 "true"
             )
-        return _fail(f"out of GPU memory: {str(error).partition(chr(10))[0]}\n{advice}")
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        return _fail(str(error))
+        kind = "GPU memory" if "CU" in str(error) else "memory"
+        return _fail(f"out of {kind}: {str(error).partition(chr(10))[0]}\n{advice}")
     except KeyboardInterrupt as error:
         return _fail(f"interrupted; {error}" if str(error) else "interrupted", 130)
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Only the caching allocator of a GPU has a type of error for it.
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error) for sign in signs
+    )
 
 
 def _fail(message: str, code: int = 1) -> int:

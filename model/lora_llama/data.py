@@ -1,6 +1,6 @@
-"""A JSONL file of examples, turned into batches for a causal language model.
+"""A JSONL file of examples, turned into token ids and labels; `batching.py` makes batches of them.
 
-    read_jsonl -> split_dataset -> load_dataset (encode, drop, pack) -> Collator -> model(**batch)
+    read_jsonl -> split_dataset -> encode_row
 
 Each line is one JSON object in one of four formats, told apart by its keys, in this order:
 
@@ -14,22 +14,18 @@ tokenizer's own chat template; a prompt and completion given as strings, and Alp
 user turn and an assistant turn. For a tokenizer without a template they are joined as they stand,
 and the end-of-sequence token is appended.
 
-Shapes: T tokens in a row, B rows in a batch. All tensors are torch.int64 unless said otherwise.
+Shapes: T tokens in a row. All tensors are torch.int64.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import random
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +33,6 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMATS = "messages; prompt + completion; instruction [+ input] + output; text"
-
-logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -123,46 +117,62 @@ def row_format(row: Row) -> str:
     raise ValueError(f"keys {sorted(row)} fit no format; accepted are {FORMATS}")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yields each checked row with its place, "FILE:LINE"."""
-    if not path.is_file():
+def read_located(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """Yields each row of a JSON Lines file, checked, after its place "FILE:LINE".
+
+    The file is UTF-8; blank lines are skipped.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: the file holds no rows, or a line is not UTF-8, not JSON, not an object or fits
+            no format; the message begins with FILE:LINE.
+    """
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a JSON Lines file, got a directory")
     found = False
-    # utf-8-sig: editors on Windows begin a file with a byte order mark.
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                if not found and line.lstrip().startswith("["):
-                    raise ValueError("a JSON array; expected JSON Lines, one object on each line")
-                found = True
-                try:
-                    row = json.loads(line.rstrip())
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"not JSON: {error.msg} at column {error.colno}; "
-                        "expected one object on each line"
-                    ) from None
+    # utf-8-sig: editors on Windows begin a file with a byte order mark. A byte that is not UTF-8
+    # comes through as half of a surrogate pair, so that it is found in its line.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            if not found and line.lstrip().startswith("["):
+                raise ValueError(
+                    f"{place}: a JSON array; expected JSON Lines, one object on each line"
+                )
+            found = True
+            try:
+                row = _parse(line)
                 row_format(row)
-                yield f"{path}:{number}", row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+            yield place, row
     if not found:
         raise ValueError(f"{path}: no rows")
 
 
-def read_jsonl(path: str | Path) -> list[Row]:
-    """Reads and checks every row of a JSON Lines file (UTF-8; blank lines are skipped).
+def _parse(line: str) -> Any:
+    try:
+        line.encode()
+        return json.loads(line.rstrip())
+    except UnicodeEncodeError as error:
+        byte = ord(line[error.start]) - 0xDC00
+        raise ValueError(f"not UTF-8 text: byte {byte:#x} at column {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"not JSON: {error.msg} at column {error.colno}; expected one object on each line"
+        ) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no rows, or a line is not JSON, not an object or fits no format;
-            the message begins with FILE:LINE.
-    """
-    return [row for _, row in _read_lines(Path(path))]
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """Every row of a JSON Lines file; see `read_located`, also for the errors."""
+    return [row for _, row in read_located(path)]
 
 
 def split_dataset(rows: Sequence[T], val_set_size: float, seed: int) -> tuple[list[T], list[T]]:
@@ -224,14 +234,13 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False
 ) -> str:
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses the row: {error}") from error
+    except Exception as error:
+        # A template is the checkpoint's own program, and raises what it likes.
+        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
@@ -328,33 +337,34 @@ def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, train_on_inputs: bool)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _check_max_length(max_length: int) -> None:
+def check_max_length(max_length: int) -> None:
+    """Raises ValueError unless `max_length` is an integer with room for a token to predict."""
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(f"max_length: expected an integer of at least 2, got {max_length!r}")
-
-
-def _truncate(row: Encoded, max_length: int) -> Encoded:
-    return {name: values[:max_length] for name, values in row.items()}
 
 
 def encode_row(
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    max_length: int | None,
     train_on_inputs: bool = False,
 ) -> Encoded:
     """One row as {"input_ids": [T], "labels": [T]}, T <= max_length.
 
     Labels are not shifted (the model does that): -100 on the prompt unless `train_on_inputs`, and
     always on the first token. An assistant turn is trained up to and with its end-of-turn token. A
-    longer row keeps its beginning, so that `labels` may come out all -100.
+    longer row keeps its beginning, so that `labels` may come out all -100; None keeps all of it.
 
     Raises:
         ValueError: the row fits no format; `max_length` is below 2; the chat template refuses the
             row, is missing for a row of messages, or is not prefix-consistent.
     """
-    _check_max_length(max_length)
-    return _truncate(_encode(row, tokenizer, train_on_inputs), max_length)
+    if max_length is not None:
+        check_max_length(max_length)
+    return {
+        name: values[:max_length]
+        for name, values in _encode(row, tokenizer, train_on_inputs).items()
+    }
 
 
 def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -378,227 +388,15 @@ def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBas
     return torch.tensor(_tokenize(tokenizer, rendered), dtype=torch.int64)
 
 
-class SupervisedDataset(Dataset[Encoded]):
-    """Encoded rows, or packed sequences of them, in memory.
-
-    Item: {"input_ids": [T], "labels": [T]}, and "position_ids": [T] if packed.
-
-    Attributes:
-        packed: whether items are sequences of several rows.
-        num_rows: rows kept.
-        num_dropped: rows left out, for having no trained token within max_length.
-        num_truncated: rows kept that lost their end.
-        num_tokens: tokens in all items.
-        num_trained_tokens: labels other than -100, which is what the loss is averaged over.
-    """
-
-    def __init__(
-        self,
-        items: list[Encoded],
-        num_rows: int | None = None,
-        num_dropped: int = 0,
-        num_truncated: int = 0,
-    ) -> None:
-        self.items = items
-        self.packed = any("position_ids" in item for item in items)
-        self.num_rows = len(items) if num_rows is None else num_rows
-        self.num_dropped = num_dropped
-        self.num_truncated = num_truncated
-        self.num_tokens = sum(item["input_ids"].numel() for item in items)
-        self.num_trained_tokens = sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self.items[index]
-
-    def __repr__(self) -> str:
-        packed = f" packed into {len(self)} sequences" if self.packed else ""
-        return (
-            f"{type(self).__name__}({self.num_rows} rows{packed}, {self.num_tokens} tokens, "
-            f"{self.num_trained_tokens} trained, {self.num_dropped} dropped, "
-            f"{self.num_truncated} truncated)"
-        )
-
-
-def pack_rows(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
-    """Packs encoded rows into sequences of at most `max_length` tokens, best fit decreasing.
-
-    Longest first, each row goes where the least room is left over. Within a sequence rows keep
-    their order, and sequences are ordered by their first row, so that the same rows give the same
-    result. "position_ids" [T] restart at 0 with each row: given no attention mask, transformers
-    makes the attention mask block-diagonal from them.
+def check_token_ids(ids: Iterable[torch.Tensor], vocab_size: int) -> None:
+    """Checks that a model has an embedding for every token: on a GPU the lookup would abort.
 
     Raises:
-        ValueError: a row is longer than `max_length`.
+        ValueError: a token of `ids` ([T] each) is not below `vocab_size`.
     """
-    sequences: list[list[int]] = []
-    # (room left, sequence), sorted: the first with enough room is the tightest fit.
-    room: list[tuple[int, int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"])):
-        length = len(rows[i]["input_ids"])
-        if length > max_length:
-            raise ValueError(f"rows[{i}]: {length} tokens do not fit max_length={max_length}")
-        fit = bisect_left(room, (length, 0))
-        if fit < len(room):
-            left, sequence = room.pop(fit)
-            sequences[sequence].append(i)
-        else:
-            left, sequence = max_length, len(sequences)
-            sequences.append([i])
-        insort(room, (left - length, sequence))
-    packed = []
-    for members in sorted(sorted(sequence) for sequence in sequences):
-        item = {
-            name: torch.cat([rows[i][name] for i in members]) for name in ("input_ids", "labels")
-        }
-        item["position_ids"] = torch.cat([torch.arange(len(rows[i]["input_ids"])) for i in members])
-        packed.append(item)
-    return packed
-
-
-def load_dataset(
-    path_or_rows: str | Path | Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    train_on_inputs: bool = False,
-    packing: bool = False,
-) -> SupervisedDataset:
-    """Encodes a JSONL file, or rows already read, for training or evaluation.
-
-    Rows longer than `max_length` keep their beginning. Rows with no trained token left are dropped.
-    Both are counted in the result, and logged as a warning when there are any.
-
-    Args:
-        path_or_rows: a JSON Lines file, or rows in the formats of this module.
-        tokenizer: its chat template renders the conversations.
-        max_length: most tokens in a row, and in a packed sequence.
-        train_on_inputs: train on the prompts as well.
-        packing: put several rows into one sequence; see `pack_rows`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there are no rows; a row is malformed or cannot be encoded (the message begins
-            with FILE:LINE or rows[INDEX]); no row has a trained token within `max_length`.
-    """
-    _check_max_length(max_length)
-    located: Iterator[tuple[str, Row]]
-    if isinstance(path_or_rows, str | Path):
-        source = str(path_or_rows)
-        located = _read_lines(Path(path_or_rows))
-    else:
-        source = "rows"
-        located = ((f"rows[{i}]", row) for i, row in enumerate(path_or_rows))
-    encoded: list[Encoded] = []
-    num_dropped = num_truncated = 0
-    first_trained: list[int] = []
-    for place, row in located:
-        try:
-            whole = _encode(row, tokenizer, train_on_inputs)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        item = _truncate(whole, max_length)
-        if bool((item["labels"] != IGNORE_INDEX).any()):
-            num_truncated += len(whole["labels"]) > max_length
-            # Cloned: a slice would keep the whole row's memory.
-            encoded.append({name: values.clone() for name, values in item.items()})
-        else:
-            num_dropped += 1
-            first_trained += (whole["labels"] != IGNORE_INDEX).nonzero()[:1, 0].tolist()
-    if not encoded:
-        if not num_dropped:
-            raise ValueError(f"{source}: no rows")
-        hint = (
-            f"; the shortest prompt needs max_length={min(first_trained) + 1}"
-            if first_trained
-            else ""
-        )
+    largest = max((int(row.max()) for row in ids if row.numel()), default=0)
+    if largest >= vocab_size:
         raise ValueError(
-            f"{source}: none of the {num_dropped} rows has a trained token within "
-            f"max_length={max_length}{hint}"
+            f"tokenizer: expected tokens of the model's vocabulary, below {vocab_size}, got "
+            f"{largest}; it is another model's, or has tokens that were added to it alone"
         )
-    for count, fate in (
-        (num_dropped, "dropped, with no trained token within"),
-        (num_truncated, "cut at their end to"),
-    ):
-        if count:
-            total = num_dropped + len(encoded)
-            logger.warning(
-                "%s: %d of %d rows %s max_length=%d", source, count, total, fate, max_length
-            )
-    items = pack_rows(encoded, max_length) if packing else encoded
-    return SupervisedDataset(items, len(encoded), num_dropped, num_truncated)
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token id to pad with: the pad token, else end-of-sequence, else unknown.
-
-    Any token serves, since padding is masked by `attention_mask` and `labels`; so the vocabulary is
-    never enlarged for it.
-
-    Raises:
-        ValueError: the tokenizer has none of the three.
-    """
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
-        if token_id is not None:
-            return token_id
-    raise ValueError("tokenizer: has no pad, end-of-sequence or unknown token to pad with")
-
-
-@dataclass
-class Collator:
-    """Pads items of a `SupervisedDataset` on the right, to the longest in the batch.
-
-    The batch holds "input_ids" [B, T] and "labels" [B, T] (padding: -100), and
-
-        rows      "attention_mask" [B, T], 1 on tokens and 0 on padding
-        packed    "position_ids" [B, T], and "use_cache": False; no attention mask, for with one
-                  transformers ignores where the positions restart. Padding restarts at 0 too, as a
-                  segment of its own. With a cache transformers ignores the restarts as well.
-
-    Attributes:
-        pad_token_id: see `padding_id`.
-        pad_to_multiple_of: round T up to a multiple of this.
-        return_flash_attn_kwargs: for packed items add "cu_seq_lens_q" and "cu_seq_lens_k" [S + 1]
-            (int32, the borders of the S segments of the flattened batch) and "max_length_q" and
-            "max_length_k" (int). Attention by flash-attn needs them where B > 1: transformers
-            finds restarting positions there only in a batch of one.
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-    return_flash_attn_kwargs: bool = False
-
-    def __call__(self, features: Sequence[Encoded]) -> dict[str, Any]:
-        packed = sum("position_ids" in feature for feature in features)
-        if packed not in (0, len(features)):
-            raise ValueError(f"features: {packed} of {len(features)} are packed; expected all")
-        length = max(len(feature["input_ids"]) for feature in features)
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-
-        def pad(name: str, value: int) -> torch.Tensor:
-            rows = torch.full((len(features), length), value, dtype=torch.int64)
-            for row, feature in zip(rows, features, strict=True):
-                row[: len(feature[name])] = torch.as_tensor(feature[name])
-            return rows
-
-        batch: dict[str, Any] = {
-            "input_ids": pad("input_ids", self.pad_token_id),
-            "labels": pad("labels", IGNORE_INDEX),
-        }
-        lengths = torch.tensor([[len(feature["input_ids"])] for feature in features])
-        offsets = torch.arange(length) - lengths
-        if not packed:
-            batch["attention_mask"] = (offsets < 0).long()
-            return batch
-        batch["position_ids"] = torch.where(offsets < 0, pad("position_ids", 0), offsets)
-        batch["use_cache"] = False
-        if self.return_flash_attn_kwargs:
-            starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
-            borders = torch.cat([starts, torch.tensor([batch["position_ids"].numel()])])
-            longest = int(borders.diff().max())
-            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = borders.to(torch.int32)
-            batch["max_length_q"] = batch["max_length_k"] = longest
-        return batch

@@ -20,14 +20,8 @@ from lora_llama.generation import generate_answers
 from lora_llama.gradients import gradient_table
 from lora_llama.loading import bundled_model, load_tokenizer, write_json
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.training import (
-    FinetuneOptions,
-    build_trainer,
-    default_device,
-    encode_rows,
-    resolve_dtype,
-    train_and_save,
-)
+from lora_llama.options import FinetuneOptions, default_device, resolve_dtype
+from lora_llama.training import build_trainer, encode_rows, train_and_save
 
 SHOWN = 3
 

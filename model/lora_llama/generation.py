@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_llama.data import encode_prompt, padding_id
+from lora_llama.batching import padding_id
+from lora_llama.data import check_token_ids, encode_prompt
 
 Prompt = str | list[dict[str, Any]]
 
@@ -29,12 +30,13 @@ def generate_answers(
         batch_size: prompts generated together, padded on the left.
 
     Raises:
-        ValueError: a prompt is malformed, or has no token.
+        ValueError: a prompt is malformed, has no token, or one that the model does not know.
     """
     pad = padding_id(tokenizer)
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     if not all(len(row) for row in encoded):
         raise ValueError("prompts: expected at least one token in each")
+    check_token_ids([*encoded, torch.tensor([pad])], model.config.vocab_size)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}

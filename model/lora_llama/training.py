@@ -1,4 +1,4 @@
-"""Fine-tuning through transformers' Trainer: options, checkpoints of adapters, checks, records.
+"""Fine-tuning through transformers' Trainer: checks, adapters in its checkpoints, records.
 
     options -> model + data -> LoraTrainer.train() -> output_dir:
         adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
@@ -9,34 +9,33 @@ The loss is the cross-entropy over every unmasked position of every sequence, av
 an optimizer step's tokens: gradient accumulation over unequal lengths is exact.
 """
 
-import json
 import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers import LlamaConfig, Trainer, TrainingArguments, set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_kernels.adapter_files import adapter_directory, load_adapter
-from lora_kernels.adapters import check_fit, copy_adapter
-from lora_kernels.config import LoraConfig
-from lora_llama.data import (
-    IGNORE_INDEX,
+from lora_llama.batching import (
     Collator,
     SupervisedDataset,
+    encode_located,
     load_dataset,
     padding_id,
-    read_jsonl,
+)
+from lora_llama.data import (
+    IGNORE_INDEX,
+    Row,
+    check_token_ids,
+    read_located,
     split_dataset,
 )
 from lora_llama.gradients import (
@@ -46,214 +45,15 @@ from lora_llama.gradients import (
     verify_gradients,
 )
 from lora_llama.loading import (
+    check_writable,
     is_adapter_directory,
     load_tokenizer,
     read_llama_config,
     write_json,
 )
 from lora_llama.model import LoraLlamaForCausalLM
-
-ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-TrainingDtypeName = Literal["auto", "bfloat16", "float32"]
-# Those of transformers' schedules that need no options of their own.
-Schedule = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
-    "inverse_sqrt",
-]  # fmt: skip
-
-
-@dataclass
-class FinetuneOptions:
-    """Options of `lora-llama finetune`; the names are transformers' and axolotl's.
-
-    Args:
-        model: directory or hub id of a Llama, in safetensors (or GGUF, with --gguf_file).
-        data: JSON Lines file: messages, prompt + completion, Alpaca's keys, or text.
-        output_dir: where the adapter, checkpoints, loss.png and metrics.json go.
-        gguf_file: GGUF file inside the model directory.
-        dtype: dtype of the base weights; auto is bfloat16 where the device computes it natively,
-            else float32. (Gradients would underflow in float16.)
-        val_set_size: held-out rows, as a number or (below 1) a fraction of the data; 0 for none.
-        max_length: most tokens in a sequence; longer rows lose their end.
-        packing: put several rows into one sequence.
-        train_on_inputs: train on the prompts as well as on the completions.
-        lora_r: rank of the adapter.
-        lora_alpha: the adapter's delta is scaled by lora_alpha / lora_r.
-        lora_dropout: dropout on the adapter's input.
-        lora_target_modules: names of the projections that get an adapter, as q_proj,v_proj or
-            [q_proj,v_proj]; all-linear takes every one.
-        use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
-        learning_rate: peak learning rate of AdamW.
-        lr_scheduler_type: how the learning rate goes on after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
-        weight_decay: AdamW's weight decay.
-        max_grad_norm: gradients are clipped to this norm.
-        num_train_epochs: passes over the data, unless max_steps is given.
-        max_steps: optimizer steps; -1 counts epochs instead.
-        per_device_train_batch_size: sequences per forward pass.
-        per_device_eval_batch_size: sequences per forward pass in evaluation.
-        gradient_accumulation_steps: forward passes per optimizer step.
-        gradient_checkpointing: recompute activations in backward, to save memory.
-        logging_steps: optimizer steps between logged losses.
-        eval_steps: optimizer steps between evaluations; 0 evaluates at the end alone.
-        save_steps: optimizer steps between checkpoints; 0 saves at the end alone.
-        save_total_limit: checkpoints to keep.
-        resume_from_checkpoint: a checkpoint directory, or "latest" in output_dir.
-        report_to: none, or one of transformers' integrations: tensorboard, wandb, ...
-        seed: of the adapter's initialisation, the data's order and split, and dropout.
-    """
-
-    model: str
-    data: str
-    output_dir: str = "outputs"
-    gguf_file: str | None = None
-    dtype: TrainingDtypeName = "auto"
-    val_set_size: float = 0.05
-    max_length: int = 1024
-    packing: bool = False
-    train_on_inputs: bool = False
-    lora_r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    lora_target_modules: list[str] | str = field(default_factory=lambda: list(ALL_PROJECTIONS))
-    use_rslora: bool = False
-    learning_rate: float = 2e-4
-    lr_scheduler_type: Schedule = "cosine"
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
-    per_device_train_batch_size: int = 4
-    per_device_eval_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    logging_steps: int = 1
-    eval_steps: int = 0
-    save_steps: int = 0
-    save_total_limit: int | None = None
-    resume_from_checkpoint: str | None = None
-    report_to: str = "none"
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        at_least = {
-            "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 0,
-            "save_steps": 0, "warmup_steps": 0, "lora_r": 1, "seed": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("val_set_size", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(f"save_total_limit: expected at least 1, got {self.save_total_limit}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
-        for name, choices in (("dtype", TrainingDtypeName), ("lr_scheduler_type", Schedule)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}"
-                )
-        if not self.output_dir or (
-            os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir)
-        ):
-            raise ValueError(f"output_dir: expected a directory, got {self.output_dir!r}")
-
-    def lora_config(self) -> LoraConfig:
-        """The adapter that these options describe."""
-        targets = self.lora_target_modules
-        if isinstance(targets, str) and targets != "all-linear":
-            targets = [name.strip() for name in targets.split(",")]
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets,
-            use_rslora=self.use_rslora,
-            task_type="CAUSAL_LM",
-        )
-
-    def training_arguments(self, has_eval: bool) -> TrainingArguments:
-        """The same, as transformers' TrainingArguments.
-
-        Raises:
-            ValueError: `report_to` is unknown or not installed.
-        """
-        installed = get_available_reporting_integrations()
-        if self.report_to != "none" and self.report_to not in installed:
-            raise ValueError(
-                f"report_to: expected none, or an integration that is installed "
-                f"({', '.join(installed) or 'here there is none'}), got {self.report_to}"
-            )
-        on_gpu = torch.cuda.is_available()
-        arguments = TrainingArguments(
-            output_dir=self.output_dir,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type=self.lr_scheduler_type,
-            warmup_steps=self.warmup_steps,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            num_train_epochs=self.num_train_epochs,
-            max_steps=self.max_steps,
-            per_device_train_batch_size=self.per_device_train_batch_size,
-            per_device_eval_batch_size=self.per_device_eval_batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            **self._checkpointing(),
-            logging_steps=self.logging_steps,
-            eval_strategy="steps" if has_eval and self.eval_steps else "no",
-            eval_steps=self.eval_steps or None,
-            save_strategy="steps" if self.save_steps else "no",
-            save_steps=self.save_steps or 500,
-            save_total_limit=self.save_total_limit,
-            report_to=self.report_to,
-            seed=self.seed,
-            data_seed=self.seed,
-            use_cpu=not on_gpu,
-            # Else there is no bar where transformers' warnings are off.
-            disable_tqdm=False,
-            dataloader_pin_memory=on_gpu,
-            # A loss that is NaN is to be seen, not replaced.
-            logging_nan_inf_filter=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
-        )
-        # One process trains on one GPU; `torchrun` starts one for each.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        return arguments
-
-    def _checkpointing(self) -> dict[str, Any]:
-        if not self.gradient_checkpointing:
-            return {}
-        # transformers 5.23 renamed the option; 5.17 has the old name alone.
-        new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-        option = "activation_checkpointing" if new_name else "gradient_checkpointing"
-        return {option: True, f"{option}_kwargs": {"use_reentrant": False}}
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device has instructions for it, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+from lora_llama.options import FinetuneOptions, resolve_dtype
+from lora_llama.resuming import check_checkpoint, find_checkpoint, load_checkpoint, read_state
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -317,8 +117,7 @@ class LoraTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         if resume_from_checkpoint is not None:
-            file = os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)
-            state = TrainerState.load_from_json(file)
+            state = read_state(resume_from_checkpoint)
             if 0 < self.args.max_steps <= state.global_step:
                 # Nothing is left to train; Trainer would train one step more.
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -367,19 +166,7 @@ class LoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Reads the adapters that `save_pretrained` wrote; transformers reads only PEFT's own."""
-        target = self.model if model is None else model
-        for name, config in target.lora_configs.items():
-            directory = adapter_directory(resume_from_checkpoint, name)
-            saved, tensors = load_adapter(directory)
-            for key in ("r", "lora_alpha", "use_rslora"):
-                expected, got = getattr(config, key), getattr(saved, key)
-                if expected != got:
-                    raise ValueError(
-                        f"resume_from_checkpoint: {directory} has an adapter with {key}={got}; "
-                        f"this one has {key}={expected}"
-                    )
-            check_fit(target, config, tensors, str(directory))
-            copy_adapter(target, name, tensors)
+        load_checkpoint(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -391,7 +178,7 @@ def mean_loss(prediction: Any) -> dict[str, float]:
 
 
 def encode_rows(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: FinetuneOptions
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: FinetuneOptions
 ) -> SupervisedDataset:
     """The dataset of rows in the formats of `lora_llama.data`.
 
@@ -532,22 +319,39 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
             What can be checked without the model's weights is checked before they are read, and
             nothing is written before the training begins.
     """
-    rows = read_jsonl(options.data)
-    eval_rows: list[dict[str, Any]] = []
+    located = list(read_located(options.data))
+    held_out: list[tuple[str, Row]] = []
     if options.val_set_size:
-        rows, eval_rows = split_dataset(rows, options.val_set_size, options.seed)
-    arguments = options.training_arguments(bool(eval_rows))
+        located, held_out = split_dataset(located, options.val_set_size, options.seed)
+    arguments = options.training_arguments(bool(held_out))
     config = options.lora_config()
     checkpoint = find_checkpoint(options)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, {"default": config})
+    check_writable("output_dir", options.output_dir)
     if is_adapter_directory(options.model):
         raise ValueError(
             f"model: expected a base model, got the adapter {options.model}; "
             "resume_from_checkpoint goes on with an interrupted training"
         )
-    read_llama_config(options.model, options.gguf_file)
+    # A hub's weights are downloaded after the data has been read.
+    content = read_llama_config(
+        options.model, options.gguf_file, check_weights=os.path.isdir(options.model)
+    )
     tokenizer = load_tokenizer(options.model, options.gguf_file)
-    train_dataset = encode_rows(rows, tokenizer, options)
-    eval_dataset = encode_rows(eval_rows, tokenizer, options) if eval_rows else None
+
+    def encode(part: Iterable[tuple[str, Row]]) -> SupervisedDataset:
+        dataset = encode_located(
+            options.data, part, tokenizer, options.max_length, options.train_on_inputs,
+            options.packing,
+        )  # fmt: skip
+        tokens = [item["input_ids"] for item in dataset.items]
+        tokens.append(torch.tensor([padding_id(tokenizer)]))
+        check_token_ids(tokens, content.get("vocab_size", LlamaConfig.vocab_size))
+        return dataset
+
+    train_dataset = encode(located)
+    eval_dataset = encode(held_out) if held_out else None
     set_seed(options.seed)
     model = LoraLlamaForCausalLM.from_pretrained(
         options.model,
@@ -558,42 +362,8 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
     if arguments.process_index == 0:
         model.print_trainable_parameters()
         print(f"training on {train_dataset}, held out: {eval_dataset or 'nothing'}")
+    if checkpoint is not None:
+        # Trainer reads it again, but makes the output directory first.
+        load_checkpoint(model, checkpoint)
     trainer = build_trainer(model, tokenizer, arguments, train_dataset, eval_dataset)
     return trainer, train_and_save(trainer, checkpoint)
-
-
-def find_checkpoint(options: FinetuneOptions) -> str | None:
-    """The checkpoint directory to resume from, or None. "latest" is the last finished one.
-
-    Raises:
-        FileNotFoundError: there is none where the option says.
-    """
-    wanted = options.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted != "latest":
-        if not _is_finished(Path(wanted)):
-            raise FileNotFoundError(
-                f"resume_from_checkpoint: {wanted} is no checkpoint, or its saving was interrupted "
-                f"(it has no valid {TRAINER_STATE_NAME})"
-            )
-        return wanted
-    numbered = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in Path(options.output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal() and _is_finished(path)
-    }
-    if not numbered:
-        raise FileNotFoundError(
-            f"resume_from_checkpoint: no finished checkpoint-N directory in {options.output_dir}"
-        )
-    return str(numbered[max(numbered)])
-
-
-def _is_finished(checkpoint: Path) -> bool:
-    # Trainer writes this file after all others of a checkpoint.
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True

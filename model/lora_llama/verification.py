@@ -8,7 +8,7 @@ from lora_kernels.config import LoraConfig
 from lora_kernels.layers import lora_layers
 from lora_llama.gradients import GradientError, gradient_table, verify_gradients
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.training import ALL_PROJECTIONS
+from lora_llama.options import ALL_PROJECTIONS
 
 # Both runs round every layer's result to the base's dtype, in different orders; the difference
 # grows with the depth. Far below what a missing term or a wrong scale would make.

@@ -23,7 +23,8 @@ from lora_kernels import LoraConfig
 from lora_kernels.adapter_files import load_adapter
 from lora_llama import cli
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.training import ALL_PROJECTIONS, FinetuneOptions, LoraTrainer
+from lora_llama.options import ALL_PROJECTIONS, FinetuneOptions
+from lora_llama.training import LoraTrainer
 
 
 @dataclasses.dataclass
@@ -248,6 +249,9 @@ def test_help_names_every_command(run):
         (["finetune", "--lr_scheduler_type=cosin"], r'"lr_scheduler_type": Expected .*cosine'),
         (["finetune", "--max_steps=null"], r'"max_steps": Expected a .*int.* None'),
         (["finetune", "--config=nowhere.yaml"], r"File does not exist: .*nowhere.yaml"),
+        (["finetune", "--config=."], r"Path is not a file"),
+        (["finetune", "--config="], r"--config: expected a file, got ''"),
+        ([""], "invalid choice: ''"),
     ],
 )
 def test_wrong_usage(arguments, message, run, tmp_path, monkeypatch):
@@ -266,13 +270,17 @@ def test_wrong_usage(arguments, message, run, tmp_path, monkeypatch):
         ("learning_rat: 1", "does not accept option 'learning_rat'"),
         ("lora_r: abc", '"lora_r": Expected a'),
         ("lora: {r: 4}", "does not accept option 'lora.r'"),
-        ("lora_r: [", "Problems parsing config"),
-        ("- 1", "Unexpected config"),
+        ("lora_r: [", "config.yaml: not YAML: "),
+        ("a: b: c", "config.yaml: not YAML: "),
+        ("\udcff", "config.yaml: not YAML: 'utf-8' codec can't decode byte 0xff"),
+        ("- 1", "config.yaml: expected lines of the form option: value, got list"),
+        ("words", "config.yaml: expected lines of the form option: value, got str"),
+        ("", "config.yaml: expected lines of the form option: value, got NoneType"),
     ],
 )
 def test_a_faulty_config_file(content, message, run, finetune_command, tmp_path, output):
     config = tmp_path / "config.yaml"
-    config.write_text(content + "\n")
+    config.write_bytes(content.encode(errors="surrogateescape") + b"\n")
     done = run(*finetune_command, "--config", config)
     assert done.code == 2 and message in done.error()
     assert len(done.err.strip().splitlines()) == 1
@@ -308,6 +316,13 @@ def test_a_faulty_config_file(content, message, run, finetune_command, tmp_path,
         ("--output_dir=", "output_dir: expected a directory, got ''"),
         ("--max_length=4", "has a trained token within max_length=4; the shortest prompt needs"),
         ("--data=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("--data=.", ".: expected a JSON Lines file, got a directory"),
+        ("--data=", "data: expected a name, got ''"),
+        ("--model=", "model: expected a name, got ''"),
+        ("--gguf_file=", "gguf_file: expected a name, got ''"),
+        ("--resume_from_checkpoint=", "resume_from_checkpoint: expected a name, got ''"),
+        ("--report_to=", "report_to: expected none, or an integration"),
+        ("--lora_target_modules=", "target_modules: expected non-empty names, got ''"),
         ("--gguf_file=nowhere.gguf", "nowhere.gguf"),
     ],
 )
@@ -324,11 +339,15 @@ def test_faulty_values(option, message, run, finetune_command, output):
         ('{"text": "a"}\n\n{"question": "a", "answer": "b"}\n', "rows.jsonl:3: keys ['answer', 'q"),
         ('{"prompt": "a", "completion": 1}', "rows.jsonl:1: completion: expected a string"),
         ("", "rows.jsonl: no rows"),
+        ("\n \n\n", "rows.jsonl: no rows"),
+        ('{"text": "a"}\n{"text": "\udcff"}', "rows.jsonl:2: not UTF-8 text: byte 0xff at column"),
+        ("\0" * 99, "rows.jsonl:1: not JSON"),
+        ('{"text": ' * 99_999, "rows.jsonl:1: nested too deeply"),
         ('[{"text": "a"}]', "rows.jsonl:1: a JSON array; expected JSON Lines"),
     ],
 )
 def test_faulty_data(content, message, run, finetune_command, output, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(content)
+    (tmp_path / "rows.jsonl").write_bytes(content.encode(errors="surrogateescape"))
     done = run(*finetune_command)
     assert done.code == 1 and message in done.error()
     assert len(done.err.strip().splitlines()) == 1 and not done.out
@@ -341,9 +360,12 @@ def test_faulty_data(content, message, run, finetune_command, output, tmp_path):
         (["generate", "--max_new_tokens=0"], "max_new_tokens: expected at least 1, got 0"),
         (["generate", "--temperature=-1"], "temperature: expected at least 0, got -1.0"),
         (["generate", "--seed=-1"], "seed: expected at least 0, got -1"),
+        (["generate", "--seed=4294967296"], "seed: expected less than 2**32, got 4294967296"),
+        (["generate", "--adapter="], "adapter: expected a directory, got ''"),
         (["verify", "--tokens=1"], "tokens: expected at least 2, got 1"),
         (["verify", "--lora_r=0"], "lora_r: expected at least 1, got 0"),
         (["verify", "--seed=-1"], "seed: expected at least 0, got -1"),
+        (["verify", "--seed=4294967296"], "seed: expected less than 2**32, got 4294967296"),
         (["demo", "--max_steps=0"], "max_steps: expected at least 1, got 0"),
     ],
 )
@@ -374,19 +396,119 @@ def test_models_that_are_none(command, run, sums, write_rows, output, tmp_path, 
     (no_weights / "model.safetensors").unlink()
     shutil.copytree(no_weights, pickled := tmp_path / "pickled")
     (pickled / "pytorch_model.bin").write_bytes(b"not read")
+    nowhere = "': neither a directory, nor a model that can be reached on the hub: "
     for model, message in {
-        "./nowhere": "./nowhere",
-        tmp_path / "nowhere": str(tmp_path / "nowhere"),
-        empty: str(empty),
+        "./nowhere": f"model './nowhere{nowhere}",
+        tmp_path / "nowhere": f"model '{tmp_path / 'nowhere'}{nowhere}",
+        # The hub cannot be reached in tests.
+        "somebody/nothing": f"model 'somebody/nothing{nowhere}",
+        empty: f"{empty}: no config.json there",
+        rows: f"{rows}: expected a model's directory, got a file",
         gpt2: f"{gpt2}: expected a Llama checkpoint (model_type 'llama'), got model_type 'gpt2'",
         no_weights: str(no_weights),
         pickled: "model.safetensors",
-        # The hub cannot be reached in tests.
-        "somebody/nothing": "",
     }.items():
         done = run(command, *COMMANDS[command](model, rows, output))
         assert done.code == 1 and message in done.error(), model
+        assert len(done.err.strip().splitlines()) == 1
         assert not output.exists() and not done.out
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def other_sizes(config: Path) -> None:
+    config.write_text(
+        config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 80')
+    )
+
+
+def no_sizes(config: Path) -> None:
+    config.write_text(config.read_text().replace('"hidden_size": 64', '"hidden_size": "64"'))
+
+
+BROKEN = {
+    "weights": ("model.safetensors", cut, "{file}: no safetensors file, or cut short"),
+    "config": ("config.json", cut, "{file}: not JSON, or cut short"),
+    "field": (
+        "config.json",
+        no_sizes,
+        "{file}: hidden_size: expected a positive integer, got '64'",
+    ),
+    "sizes": (
+        "config.json",
+        other_sizes,
+        "{base}: weights do not fit config.json: model.layers.0.mlp",
+    ),
+    "generation": ("generation_config.json", cut, "{file}: not JSON, or cut short"),
+    "tokenizer": ("tokenizer.json", cut, "{file}: not JSON, or cut short"),
+    "tokenizer's config": ("tokenizer_config.json", cut, "{file}: not JSON, or cut short"),
+    "no tokenizer": ("tokenizer.json", Path.unlink, "{base}: no tokenizer there"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        (command, fault)
+        for command in (*COMMANDS, "merge")
+        for fault in BROKEN
+        # verify makes its own tokens.
+        if not (command == "verify" and "tokenizer" in fault)
+    ],
+)
+def test_models_that_are_broken(
+    command, fault, run, sums, write_rows, output, tmp_path, tiny_llama, adapter
+):
+    name, change, message = BROKEN[fault]
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    change(base / name)
+    arguments = [f"--adapter={adapter}", f"--model={base}", f"--output_dir={output}"]
+    if command != "merge":
+        arguments = COMMANDS[command](base, write_rows(sums), output)
+    done = run(command, *arguments)
+    assert done.code == 1
+    assert done.error().startswith(message.format(file=base / name, base=base))
+    assert len(done.err.strip().splitlines()) == 1 and not done.out
+    assert not output.exists() and not list(tmp_path.glob(".merge*"))
+
+
+def test_a_row_that_the_chat_template_refuses(run, finetune_command, tiny_llama, tmp_path, output):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    fails = "{% if messages[0].content == 'bad' %}{{ 1 / 0 }}{% endif %}"
+    template.write_text(template.read_text() + fails)
+    rows = [{"prompt": "good", "completion": "a"}] * 5 + [{"prompt": "bad", "completion": "a"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    done = run(*finetune_command, "--model", base)
+    refused = "the tokenizer's chat template refuses the messages: division by zero"
+    assert done.code == 1 and done.error() == f"{tmp_path / 'rows.jsonl'}:11: {refused}"
+    assert not output.exists() and not done.out
+
+
+# Places that cannot be written.
+
+
+def test_places_that_cannot_be_written(run, finetune_command, adapter, tmp_path, monkeypatch):
+    """Known before anything is loaded."""
+
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(LoraLlamaForCausalLM, "from_pretrained", never)
+    monkeypatch.setattr(cli, "run_demo", never)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    for name in ("file/below", "link", "n" * 300, "a\0b"):
+        place = f"{tmp_path}/{name}"
+        for command in (finetune_command, ["merge", "--adapter", adapter], ["demo"]):
+            done = run(*command, f"--output_dir={place}")
+            assert done.code == 1
+            assert done.error().startswith(f"output_dir: {place!r} cannot be written: ")
+            assert len(done.err.strip().splitlines()) == 1 and not done.out
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_finetune_refuses_an_adapter_as_its_model(run, finetune_command, adapter, output):
@@ -439,6 +561,34 @@ def test_adapters_that_do_not_fit(command, run, adapter, tiny_llama, output, tmp
         assert done.code == 1 and message in error, directory
         assert [key for key in named if key not in error] == []
         assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "merge"])
+def test_an_adapter_is_no_base_model(command, run, adapter, output, tmp_path):
+    other = edited(adapter, tmp_path / "other")
+    arguments = {"generate": ["--prompt=a"], "merge": ["--output_dir", output]}[command]
+    done = run(command, "--model", other, "--adapter", adapter, *arguments)
+    assert done.code == 1
+    assert done.error() == f"model: expected the base model of {adapter}, got an adapter: {other}"
+    # Nor is the one that an adapter names.
+    of_itself = edited(adapter, tmp_path / "itself", base_model_name_or_path=str(adapter))
+    role = {"generate": "--model", "merge": "--adapter"}[command]
+    done = run(command, role, of_itself, *arguments)
+    assert done.code == 1 and done.error() == (
+        f"{of_itself}: base_model_name_or_path: expected a base model, got the adapter {adapter}"
+    )
+    assert not output.exists()
+
+
+def test_an_adapter_is_read_before_its_base(run, adapter, output, tmp_path):
+    broken = edited(adapter, tmp_path / "broken")
+    cut(broken / "adapter_model.safetensors")
+    done = run("generate", "--model=nowhere", "--prompt=a", "--adapter", broken)
+    assert done.code == 1 and str(broken / "adapter_model.safetensors") in done.error()
+    for empty in (["--adapter="], [f"--adapter={adapter}", "--model="]):
+        done = run("merge", *empty, "--output_dir", output)
+        assert done.code == 1 and re.match("adapter: expected|model '': neither", done.error())
+    assert not output.exists()
 
 
 def test_merge_needs_to_know_the_base(run, adapter, output, tiny_llama, tmp_path):
@@ -541,6 +691,46 @@ def test_out_of_memory_says_what_to_lower(run, finetune_command, tiny_llama, mon
     monkeypatch.setattr(cli, "generate_answers", out_of_memory)
     done = run("generate", "--model", tiny_llama, "--prompt=a")
     assert done.code == 1 and "max_length" not in done.error() and "smaller" in done.error()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "memory",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "GPU memory"),
+        (RuntimeError("CUDA error: out of memory"), "GPU memory"),
+        (MemoryError("Unable to allocate"), "memory"),
+    ],
+)
+def test_other_ways_to_run_out_of_memory(error, kind, run, finetune_command, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(LoraTrainer, "training_step", fail)
+    done = run(*finetune_command)
+    first, second = done.error().splitlines()
+    assert done.code == 1 and first == f"out of {kind}: {error}" and "max_length" in second
+
+
+def test_a_bug_is_not_made_a_users_error(run, finetune_command, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(LoraTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        run(*finetune_command)
+
+
+def test_an_error_of_several_lines_is_printed_as_one(run, tiny_llama, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("one\n  two\nthree")
+
+    monkeypatch.setattr(cli, "generate_answers", fail)
+    done = run("generate", "--model", tiny_llama, "--prompt=a")
+    assert (done.code, done.err) == (1, "lora-llama: error: one two three\n")
 
 
 def test_an_interrupt_says_how_to_go_on(run, finetune_command, output, monkeypatch):

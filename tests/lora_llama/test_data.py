@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -21,13 +22,11 @@ from transformers import (
 )
 
 from lora_llama import data
+from lora_llama.batching import Collator, encode_located, load_dataset, pack_rows, padding_id
 from lora_llama.data import (
-    Collator,
+    check_token_ids,
     encode_prompt,
     encode_row,
-    load_dataset,
-    pack_rows,
-    padding_id,
     read_jsonl,
     row_format,
     split_dataset,
@@ -215,8 +214,52 @@ def test_inconsistent_template():
 def test_template_that_refuses_the_row(tmp_path):
     tokenizer = character_tokenizer("{{ raise_exception('no system turns, please') }}")
     path = write(tmp_path / "rows.jsonl", {"messages": chat("a", "b")})
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*refuses the row: no system turns"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*refuses the messages: no system turns"):
         load_dataset(path, tokenizer, 99)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' + 1 }}", "can only concatenate str"),
+        ("{{ messages[9].role }}", "has no element 9"),
+        ("{{ 'a'.encode().decode('none') }}", "unknown encoding"),
+        ("{% for %}", "Expected an expression"),
+    ],
+)
+def test_template_that_fails_in_its_own_way(tmp_path, template, reason):
+    tokenizer = character_tokenizer(template)
+    path = write(tmp_path / "rows.jsonl", {"messages": chat("a", "b")})
+    expected = rf"rows\.jsonl:1: the tokenizer's chat template refuses the messages: .*{reason}"
+    with pytest.raises(ValueError, match=expected):
+        load_dataset(path, tokenizer, 99)
+    with pytest.raises(ValueError, match=f"^the tokenizer's chat template .*{reason}"):
+        encode_prompt("a", tokenizer)
+
+
+def test_a_refused_row_is_named_by_the_place_it_came_from():
+    tokenizer = character_tokenizer(
+        CHAT_TEMPLATE
+        + "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    located = [
+        ("a.jsonl:3", {"messages": chat("a", "b")}),
+        ("a.jsonl:7", {"messages": chat("bad", "b")}),
+    ]
+    with pytest.raises(ValueError, match=r"^a\.jsonl:7: .*refuses the messages: no$"):
+        encode_located("a.jsonl", located, tokenizer, 99)
+    assert len(encode_located("a.jsonl", located[:1], tokenizer, 99)) == 1
+    with pytest.raises(ValueError, match=r"^a\.jsonl: none of the 1 rows has a trained token"):
+        encode_located("a.jsonl", located[:1], tokenizer, 2)
+    with pytest.raises(ValueError, match=r"^a\.jsonl: no rows$"):
+        encode_located("a.jsonl", [], tokenizer, 99)
+
+
+def test_tokens_beyond_the_vocabulary():
+    check_token_ids([torch.tensor([0, 9]), torch.tensor([], dtype=torch.int64)], 10)
+    with pytest.raises(ValueError, match=r"^tokenizer: .* vocabulary, below 9, got 9; "):
+        check_token_ids([torch.tensor([1]), torch.tensor([0, 9, 2])], 9)
 
 
 MALFORMED = {
@@ -242,10 +285,14 @@ MALFORMED = {
     '"content": "a"}]}': "completion: no assistant turn",
     '{"instruction": "a", "output": {}}': "output: expected a string, got dict",
     '{"instruction": "a", "input": 1, "output": "b"}': "input: expected a string, got int",
+    '{"text": ' * 100_000: "nested too deeply",
+    '{"text": ' + "9" * 5000 + "}": "integer string conversion",
+    '{"text": "a"} {"text": "b"}': "not JSON: Extra data at column 15",
+    "\0\0\0": "not JSON: Expecting value at column 1",
 }
 
 
-@pytest.mark.parametrize("line", MALFORMED)
+@pytest.mark.parametrize("line", MALFORMED, ids=lambda line: line[:40])
 def test_malformed_line(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     # A JSON array is told from JSON Lines by how the file begins.
@@ -273,12 +320,45 @@ def test_files(tmp_path):
     path.write_text("\n  \n")
     with pytest.raises(ValueError, match=r"rows\.jsonl: no rows"):
         read_jsonl(path)
-    path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl: not UTF-8 text"):
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"rows\.jsonl: no rows"):
         read_jsonl(path)
+    with pytest.raises(
+        IsADirectoryError, match=rf"^{tmp_path}: expected a JSON Lines file, got a d"
+    ):
+        read_jsonl(tmp_path)
     path.write_text('\ufeff{"text": "café"}\r\n\r\n{"prompt": "a", "completion": "b"}', "utf-8")
     assert read_jsonl(path) == [{"text": "café"}, {"prompt": "a", "completion": "b"}]
     assert [row_format(row) for row in read_jsonl(path)] == ["text", "prompt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "café"}\n'.encode("latin-1"), "1: not UTF-8 text: byte 0xe9 at column 14"),
+        # Far enough for the decoder to have read several blocks.
+        (b'{"text": "a"}\n' * 3000 + b'{"text": "\xff"}\n', "3001: not UTF-8 text: byte 0xff at"),
+        ('{"text": "a"}\n'.encode("utf-16"), "1: not UTF-8 text: byte 0xff at column 1"),
+        (bytes(range(32, 256)), "1: not UTF-8 text: byte 0x80 at column 97"),
+        (b"\x1f\x8b\x08\x00", "1: not UTF-8 text: byte 0x8b at column 2"),
+    ],
+    ids=["latin-1", "late", "utf-16", "bytes", "gzip"],
+)
+def test_a_line_that_is_not_utf8(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}:{message}")
+
+
+def test_a_pipe_is_read(tmp_path):
+    read, written = os.pipe()
+    os.write(written, b'{"text": "a"}\n{"text": 1}\n')
+    os.close(written)
+    with pytest.raises(ValueError, match=rf"^/dev/fd/{read}:2: text: expected a string, got int"):
+        read_jsonl(f"/dev/fd/{read}")
+    os.close(read)
 
 
 def test_truncation_keeps_the_beginning_and_drops_are_reported(tmp_path, caplog):

@@ -15,7 +15,7 @@ from lora_llama.demo import run_demo
 from lora_llama.gradients import capture_lora_weights
 from lora_llama.loading import load_tokenizer
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.training import ALL_PROJECTIONS
+from lora_llama.options import ALL_PROJECTIONS
 
 # Two to three minutes on two free cores.
 TIMEOUT = 3000

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lora_llama.data import encode_row, load_dataset
+from lora_llama.batching import load_dataset
+from lora_llama.data import encode_row
 from lora_llama.demo_task import (
     DEMO_SETTINGS,
     HELD_OUT_CITIES,

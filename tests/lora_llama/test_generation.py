@@ -12,7 +12,7 @@ from lora_kernels import LoraConfig
 from lora_llama.data import encode_prompt
 from lora_llama.generation import generate_answers
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.training import ALL_PROJECTIONS
+from lora_llama.options import ALL_PROJECTIONS
 
 PROMPTS = ["a", "please add 12+34", "what?", [{"role": "user", "content": "hello " * 6}], "b c"]
 
@@ -154,3 +154,14 @@ def test_without_a_chat_template_a_prompt_is_continued(model, tokenizer, calls):
 
 def test_no_prompts(model, tokenizer):
     assert generate_answers(model, tokenizer, []) == []
+
+
+def test_a_token_that_the_model_does_not_know_is_an_error(model, tokenizer, calls):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    with pytest.raises(ValueError, match=r"^tokenizer: .* below 261, got 261"):
+        generate_answers(model, tokenizer, ["a", "b <|new|>"], 2)
+    assert not calls and len(generate_answers(model, tokenizer, ["a"], 2)) == 1
+    # Padding is looked up too.
+    tokenizer.pad_token = "<|new|>"
+    with pytest.raises(ValueError, match=r"^tokenizer: .* below 261, got 261"):
+        generate_answers(model, tokenizer, ["a"], 2)

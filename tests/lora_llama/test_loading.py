@@ -4,6 +4,10 @@ import copy
 import importlib.util
 import json
 import math
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +29,7 @@ from lora_llama import LoraLlama, loading, verify_gradients
 
 WEIGHTS = "model.safetensors"
 IDS = torch.arange(3, 14)[None]
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux's /proc")
 
 
 def tiny(tied: bool = False, **changes) -> LlamaForCausalLM:
@@ -187,18 +192,14 @@ def test_missing_weights_are_all_named(lora: LoraConfig | None, checkpoint: Path
     assert str(checkpoint) in str(caught.value) and str(missing) in str(caught.value)
 
 
-def test_a_missing_shard_is_an_error(base, tmp_path: Path):
-    base.save_pretrained(tmp_path, max_shard_size="20KB")
-    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(OSError):
-        LoraLlama.from_pretrained(tmp_path)
-
-
 def test_a_weight_of_another_shape_is_an_error(checkpoint: Path):
     tensors = load_file(checkpoint / WEIGHTS)
-    tensors["model.layers.0.self_attn.k_proj.weight"] = torch.ones(8, 32)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    tensors[name] = torch.ones(8, 32)
     save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|size"):
+    with pytest.raises(
+        ValueError, match=rf"config\.json: {name}: expected \[16, 32\], got \[8, 32\]$"
+    ):
         LoraLlama.from_pretrained(checkpoint)
 
 
@@ -212,10 +213,16 @@ def test_a_checkpoint_that_is_no_llama_is_an_error(tmp_path: Path):
 
 
 def test_a_directory_that_is_missing_or_empty_or_holds_only_a_config(tmp_path: Path):
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match=r"missing': neither a directory, nor a model that"):
         LoraLlama.from_pretrained(tmp_path / "missing")
-    with pytest.raises(OSError, match=r"no config\.json"):
+    with pytest.raises(OSError, match=rf"^{tmp_path}: no config\.json there$"):
         LoraLlama.from_pretrained(tmp_path)
+    (tmp_path / "model.Q4.gguf").touch()
+    with pytest.raises(OSError, match=r"name it as gguf_file: \['model\.Q4\.gguf'\]"):
+        LoraLlama.from_pretrained(tmp_path)
+    file = tmp_path / "model.Q4.gguf"
+    with pytest.raises(ValueError, match=rf"^{file}: expected a model's directory, got a file"):
+        LoraLlama.from_pretrained(file)
     tiny().config.save_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"model\.safetensors"):
         LoraLlama.from_pretrained(tmp_path)
@@ -229,8 +236,64 @@ def test_a_pickle_is_never_opened(checkpoint: Path):
         LoraLlama.from_pretrained(checkpoint)
 
 
-def test_a_wrong_adapter_fails_before_a_weight_is_read(checkpoint: Path):
-    (checkpoint / WEIGHTS).write_bytes(b"broken")
+@pytest.mark.parametrize(
+    "name",
+    ["nowhere", "somebody/nothing", "./nowhere", "/nowhere", "a/b/c", "", " ", "a\0b", "x\n"],
+)
+@pytest.mark.parametrize("gguf_file", [None, "model.gguf"])
+def test_a_model_that_is_nowhere_is_named(name: str, gguf_file: str | None):
+    expected = f"model {name!r}: neither a directory, nor a model that can be reached on the hub: "
+    with pytest.raises(FileNotFoundError) as caught:
+        LoraLlama.from_pretrained(name, gguf_file=gguf_file)
+    message = str(caught.value)
+    assert message.startswith(expected) and len(message.splitlines()) == 1
+    # What a path is not is no reason.
+    assert ("an id is written" in message) == (name not in ("nowhere", "somebody/nothing"))
+
+
+@pytest.fixture
+def empty_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub on this machine, which is online and has no model; what it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield asked
+        server.shutdown()
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(empty_hub: list[str]):
+    with pytest.raises(FileNotFoundError) as caught:
+        LoraLlama.from_pretrained("somebody/nothing")
+    named, _, reason = str(caught.value).partition(" on the hub: ")
+    assert named == "model 'somebody/nothing': neither a directory, nor a model that can be reached"
+    assert reason.startswith("somebody/nothing is not a local folder and is not a valid model ")
+    assert len(str(caught.value).splitlines()) == 1
+    assert "/somebody/nothing/resolve/main/config.json" in empty_hub
+
+
+def test_a_wrong_adapter_fails_before_a_weight_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loading, "check_complete", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match="quary"):
         LoraLlama.from_pretrained(checkpoint, lora=adapter(target_modules=["quary"]))
 
@@ -550,6 +613,34 @@ def test_gguf_that_is_incomplete_or_no_llama_is_an_error(base, tmp_path: Path):
         LoraLlama.from_pretrained(tmp_path, gguf_file="missing.gguf")
 
 
+@pytest.mark.parametrize(
+    "change",
+    {
+        "empty": lambda content: b"",
+        "something else": lambda content: b"<html></html>" * 99,
+        "magic alone": lambda content: content[:4],
+        "cut in its header": lambda content: content[:200],
+        "cut in its tensors": lambda content: content[: len(content) // 2],
+        "cut at its end": lambda content: content[:-1],
+    }.items(),
+    ids=lambda change: change[0],
+)
+def test_gguf_that_cannot_be_read_is_named(change, base, tmp_path: Path):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, base)
+    file.write_bytes(change[1](file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"^{file}: ") as caught:
+        LoraLlama.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "", ".", "sub/missing.gguf"])
+def test_gguf_that_is_missing_is_named(name: str, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no such file") as caught:
+        LoraLlama.from_pretrained(tmp_path, gguf_file=name)
+    assert str(caught.value) == f"{tmp_path}/{name}: no such file"
+
+
 def without_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = importlib.util.find_spec
     monkeypatch.setattr(
@@ -692,6 +783,133 @@ def test_an_adapters_tokenizer_is_its_own_or_else_its_bases(checkpoint: Path, tm
     assert loading.load_tokenizer(str(out)).get_vocab() == {"[UNK]": 0, "one": 1}
     save_tokenizer(out, "one", "two")
     assert "two" in loading.load_tokenizer(str(out)).get_vocab()
+
+
+def test_an_adapter_over_gguf_uses_the_tokenizer_of_the_gguf_in_its_bases_directory(
+    base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_gguf(tmp_path / "tiny.gguf", base)
+    out = tmp_path / "out"
+    LoraLlama.from_pretrained(tmp_path, gguf_file="tiny.gguf", lora=adapter()).save_pretrained(out)
+    calls = []
+    monkeypatch.setattr(
+        loading.AutoTokenizer,
+        "from_pretrained",
+        lambda *args, **kwargs: calls.append((args, kwargs)),
+    )
+    loading.load_tokenizer(str(out), "tiny.gguf")
+    assert calls == [((str(tmp_path),), {"gguf_file": "tiny.gguf"})]
+    # Its own goes first here too.
+    (out / "tokenizer_config.json").touch()
+    loading.load_tokenizer(str(out), "tiny.gguf")
+    assert calls[1:] == [((str(out),), {})]
+    loading.load_tokenizer(str(tmp_path), "tiny.gguf")
+    assert calls[2:] == calls[:1]
+
+
+def test_an_adapters_base_is_no_adapter(checkpoint: Path, tmp_path: Path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    LoraLlama.from_pretrained(checkpoint, lora=adapter()).save_pretrained(out)
+    for base in (out, other):
+        config = adapter(base_model_name_or_path=str(base))
+        LoraLlama.from_pretrained(checkpoint, lora=config).save_pretrained(other)
+        for load in (LoraLlama.from_pretrained, loading.load_tokenizer, loading.base_model_of):
+            with pytest.raises(
+                ValueError, match="expected a base model, got the adapter"
+            ) as caught:
+                load(str(other))
+            assert str(caught.value).startswith(f"{other}: base_model_name_or_path: ")
+            assert str(caught.value).endswith(str(base))
+
+
+BROKEN_JSON = {
+    "cut short": (lambda content: content[: len(content) // 2], "not JSON, or cut short: "),
+    "empty": (lambda content: b"", "not JSON, or cut short: "),
+    "something else": (lambda content: b"<html></html>", "not JSON, or cut short: "),
+    "a list": (lambda content: b"[]", "expected a JSON object, got list"),
+    "null": (lambda content: b"null", "expected a JSON object, got NoneType"),
+    "binary": (lambda content: b"\xff\xfe\x00", "not UTF-8 text: "),
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("fault", BROKEN_JSON)
+def test_a_tokenizer_that_is_no_json_is_named(name: str, fault: str, tmp_path: Path):
+    save_tokenizer(tmp_path, "one")
+    change, message = BROKEN_JSON[fault]
+    file = tmp_path / name
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(ValueError) as caught:
+        loading.load_tokenizer(str(tmp_path))
+    assert str(caught.value).startswith(f"{file}: {message}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_tokenizer_that_is_json_of_something_else_is_named(tmp_path: Path):
+    save_tokenizer(tmp_path, "one")
+    file = tmp_path / "tokenizer.json"
+    for content in ("{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "new"}}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=rf"^{file}: no tokenizer: "):
+            loading.load_tokenizer(str(tmp_path))
+
+
+def test_a_chat_template_that_is_no_text_is_named(tmp_path: Path):
+    save_tokenizer(tmp_path, "one")
+    file = tmp_path / "chat_template.jinja"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=rf"^{file}: not UTF-8 text"):
+        loading.load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_is_missing_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}: no tokenizer there"):
+        loading.load_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"^somebody/nothing: its tokenizer cannot be loaded") as e:
+        loading.load_tokenizer("somebody/nothing")
+    assert len(str(e.value).splitlines()) == 1
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"tiny\.gguf: no tokenizer can be read from it: "):
+        loading.load_tokenizer(str(tmp_path), "tiny.gguf")
+
+
+# Directories and files that are written.
+
+
+def test_a_directory_that_can_be_written_is_left_as_it_is(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    for name in ("there", "link", "new", "new/deep", "there/new", "."):
+        loading.check_writable("output_dir", str(tmp_path / name))
+    assert files(tmp_path) == {"there", "link"} and not files(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "Not a directory"),
+        ("file/below", "Not a directory"),
+        ("nothing", "No such file or directory"),
+        ("nothing/below", "No such file or directory"),
+        ("a\0b", "embedded null byte"),
+        ("n" * 300, "File name too long"),
+        ("read-only", "Permission denied"),
+        ("read-only/below", "Permission denied"),
+        # Where root may not write either.
+        pytest.param("/proc", "No such file or directory", marks=needs_proc),
+        pytest.param("/proc/below", "No such file or directory", marks=needs_proc),
+    ],
+)
+def test_a_directory_that_cannot_be_written_is_named(name: str, reason: str, tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nothing").symlink_to("nowhere")
+    (tmp_path / "read-only").mkdir(mode=0o555)
+    if "read-only" in name and os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    directory = os.path.join(tmp_path, name)
+    with pytest.raises(OSError, match=rf"^output_dir: .* cannot be written: {reason}$") as caught:
+        loading.check_writable("output_dir", directory)
+    assert repr(directory) in str(caught.value)
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

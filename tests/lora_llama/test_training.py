@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +22,22 @@ from transformers.utils import logging as transformers_logging
 from lora_kernels import LoraConfig
 from lora_kernels.adapter_files import load_adapter
 from lora_kernels.layers import LoraLinear, lora_layers
+from lora_llama import options as option_module
 from lora_llama import training
-from lora_llama.data import Collator, encode_row, load_dataset
+from lora_llama.batching import Collator, load_dataset
+from lora_llama.data import encode_row, split_dataset
 from lora_llama.gradients import GradientError, capture_lora_weights
 from lora_llama.model import LoraLlamaForCausalLM
+from lora_llama.options import ALL_PROJECTIONS, FinetuneOptions, resolve_dtype
+from lora_llama.resuming import find_checkpoint
 from lora_llama.training import (
-    ALL_PROJECTIONS,
-    FinetuneOptions,
     LoraTrainer,
     TrainingResult,
     build_trainer,
     encode_rows,
-    find_checkpoint,
     finetune,
     peak_memory_bytes,
     plot_losses,
-    resolve_dtype,
     train_and_save,
 )
 
@@ -554,28 +555,6 @@ def test_a_finished_training_resumes_to_nothing(options):
     assert second.eval_losses == first.eval_losses
 
 
-@pytest.mark.parametrize("changes", [{"lora_r": 8}, {"lora_alpha": 9}, {"use_rslora": True}])
-def test_a_checkpoint_of_another_adapter_is_refused(changes, options):
-    settings = options(max_steps=2, save_steps=2)
-    finetune(settings)
-    saved = adapter_of(settings.output_dir)
-    name = next(iter(changes)).removeprefix("lora_").replace("alpha", "lora_alpha")
-    other = dataclasses.replace(settings, resume_from_checkpoint="latest", **changes)
-    with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .*checkpoint-2.* {name}="):
-        finetune(other)
-    assert_same_tensors(adapter_of(settings.output_dir), saved)
-
-
-def test_a_checkpoint_of_other_layers_is_refused(options):
-    settings = options(max_steps=2, save_steps=2, lora_target_modules="q_proj")
-    finetune(settings)
-    other = dataclasses.replace(
-        settings, resume_from_checkpoint="latest", lora_target_modules="q_proj,v_proj"
-    )
-    with pytest.raises(ValueError, match=r"missing model.layers.0.self_attn.v_proj.lora_A.weight"):
-        finetune(other)
-
-
 def test_missing_checkpoints(options, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no finished checkpoint-N directory in .*output"):
         finetune(options(resume_from_checkpoint="latest"))
@@ -736,6 +715,10 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "float16"}, "dtype: expected one of .*'bfloat16'.*, got 'float16'"),
     ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: expected one of .*'cosine'"),
     ({"output_dir": ""}, "output_dir: expected a directory, got ''"),
+    *(
+        ({name: ""}, f"{name}: expected a name, got ''")
+        for name in ("model", "data", "gguf_file", "resume_from_checkpoint")
+    ),
 ]  # fmt: skip
 
 
@@ -751,7 +734,79 @@ def test_an_output_directory_that_is_a_file(options, write_rows):
         options(output_dir=path)
 
 
-@pytest.mark.parametrize("schedule", training.get_args(training.Schedule))
+def never(*_: Any, **__: Any) -> None:
+    pytest.fail("the model was loaded")
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_an_output_directory_that_cannot_be_made_is_known_at_once(below, options, write_rows):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraLlamaForCausalLM, "from_pretrained", never)
+        taken = write_rows([{"text": "a"}], "taken")
+        with pytest.raises(OSError, match=r"^output_dir: .*taken/x.* cannot be written: Not a dir"):
+            finetune(options(output_dir=str(Path(taken) / "x" / below)))
+
+
+@pytest.mark.parametrize("where", ["training", "held out", "padding"])
+def test_tokens_that_the_model_does_not_know(
+    where, options, tiny_llama, sums, tmp_path, write_rows
+):
+    """Known before the model is read: on a GPU the lookup would end the process."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    if where == "padding":
+        tokenizer.pad_token = "<|new|>"
+    tokenizer.save_pretrained(base)
+    rows = [dict(row) for row in sums]
+    _, held_out = split_dataset(range(len(rows)), 4, 42)
+    if where != "padding":
+        index = held_out[0] if where == "held out" else min(set(range(len(rows))) - set(held_out))
+        rows[index]["completion"] += "<|new|>"
+    settings = options(model=str(base), data=write_rows(rows, "new.jsonl"), val_set_size=4)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match="below 261, got 261"),
+    ):
+        patch.setattr(LoraLlamaForCausalLM, "from_pretrained", never)
+        finetune(settings)
+    assert not Path(settings.output_dir).exists()
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_known_before_the_model_is_read(
+    options, tiny_llama, tmp_path
+):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text("{}")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match=r"^tokenizer: has no"),
+    ):
+        patch.setattr(LoraLlamaForCausalLM, "from_pretrained", never)
+        finetune(options(model=str(base)))
+
+
+def test_a_row_that_the_template_refuses_is_named_by_its_line(options, tiny_llama, sums, tmp_path):
+    """Whatever part of the split it is in, and however many lines are blank."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    refuses = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    template.write_text(template.read_text() + refuses)
+    parts = split_dataset(range(len(sums)), 5, 42)
+    for index in (parts[0][7], parts[1][1]):
+        rows = [dict(row) for row in sums]
+        rows[index]["prompt"] = "bad"
+        data = tmp_path / "blank.jsonl"
+        data.write_text("".join(f"\n\n{json.dumps(row)}\n" for row in rows))
+        with pytest.raises(ValueError) as caught:
+            finetune(options(model=str(base), data=str(data), val_set_size=5))
+        assert str(caught.value).startswith(
+            f"{data}:{3 * index + 3}: the tokenizer's chat template"
+        )
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("schedule", option_module.get_args(option_module.Schedule))
 def test_every_schedule_trains(schedule, options):
     _, result = finetune(options(lr_scheduler_type=schedule, max_steps=4, warmup_steps=1))
     assert result.steps == 4
@@ -759,7 +814,7 @@ def test_every_schedule_trains(schedule, options):
 
 @pytest.mark.parametrize("name", ["nonsense", "wandb"])
 def test_report_to_names_what_is_there(name, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["mlflow"])
+    monkeypatch.setattr(option_module, "get_available_reporting_integrations", lambda: ["mlflow"])
     with pytest.raises(ValueError, match=rf"^report_to: .*installed \(mlflow\), got {name}"):
         finetune(options(report_to=name))
     assert not (tmp_path / "output").exists()

@@ -14,7 +14,7 @@ from lora_kernels.lora_linear import eager
 from lora_llama import cli
 from lora_llama.gradients import GradientError
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.training import ALL_PROJECTIONS
+from lora_llama.options import ALL_PROJECTIONS
 from lora_llama.verification import MAX_DIFFERENCE, verify_model
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the mutants are of the CPU's path")
@@ -75,13 +75,16 @@ def test_an_adapter_that_was_loaded_frozen_is_verified(load, tmp_path, capsys):
     assert "\n28 gradients, " in capsys.readouterr().out
 
 
-Gradients = tuple[Tensor | None, ...]
+# dx and d_lora_a are tensors, d_lora_b and d_bias one tensor for each projection of a group.
+Gradients = tuple[Any, ...]
 
 
 def changed(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Gradients], Gradients]:
     def mutate(gradients: Gradients) -> Gradients:
         mutated = list(gradients)
-        if (gradient := mutated[index]) is not None:
+        if isinstance(gradient := mutated[index], list):
+            mutated[index] = [change(one) for one in gradient]
+        elif gradient is not None:
             mutated[index] = change(gradient)
         return tuple(mutated)
 
@@ -129,9 +132,9 @@ def test_wrong_gradients_are_caught(mutant, load, monkeypatch, capsys):
 def test_a_dropped_term_of_dx_is_caught(load, monkeypatch, capsys):
     """dx without P lora_a: the layers above look right, those below do not."""
 
-    def backward(dy, x, weight, *args: Any) -> Gradients:
-        _, *rest = original(dy, x, weight, *args)
-        return torch.mm(dy, weight), *rest
+    def backward(dys, x, weights, *args: Any) -> Gradients:
+        _, *rest = original(dys, x, weights, *args)
+        return sum(torch.mm(dy, weight) for dy, weight in zip(dys, weights, strict=True)), *rest
 
     original = eager.backward
     monkeypatch.setattr(eager, "backward", backward)
@@ -143,9 +146,9 @@ def test_a_dropped_term_of_dx_is_caught(load, monkeypatch, capsys):
 
 @CPU_ONLY
 def test_a_wrong_forward_is_caught(load, monkeypatch, capsys):
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, s = original(*args)
-        return y * 1.01, s
+    def forward(*args: Any) -> tuple[list[Tensor], Tensor]:
+        ys, s = original(*args)
+        return [y * 1.01 for y in ys], s
 
     original = eager.forward
     monkeypatch.setattr(eager, "forward", forward)

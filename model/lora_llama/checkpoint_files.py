@@ -1,0 +1,300 @@
+"""A base checkpoint's files, checked before a weight is read: fields, index, headers, shapes.
+
+    config.json                       a Llama's fields
+    model.safetensors                 all weights, or
+    model.safetensors.index.json      {"weight_map": {weight: file}}, and those files
+
+The header of a safetensors file gives each weight's shape and the file's length: a file that is cut
+short, or is another configuration's, is found without reading a weight, and named with every weight
+that does not fit. A name from an index is opened only if it is a plain file name, so that no index
+leads out of its directory. (A link in the directory is followed: a hub's cache is made of links.)
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import cached_file
+from transformers.utils.hub import cached_files
+
+WEIGHTS_NAME = "model.safetensors"
+PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# The options of `from_pretrained` that say where a hub's files are.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "proxies")
+
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type's name if it says nothing, or only a key."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not text:
+        return f"{type(error).__name__} {text}".strip()
+    return text
+
+
+def find_file(path: str, name: str, options: Mapping[str, Any]) -> str | None:
+    """A file of a directory, or of a hub's model (downloaded if need be); None if there is none."""
+    if os.path.isdir(path):
+        file = os.path.join(path, options.get("subfolder") or "", name)
+        return file if os.path.isfile(file) else None
+    try:
+        return cached_file(path, name, **options)
+    except OSError:
+        return None
+
+
+def read_json_object(file: str) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8, not JSON or not an object; the message begins with the file.
+    """
+    try:
+        content = json.loads(Path(file).read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON, or cut short: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def check_config(file: str, content: Mapping[str, Any]) -> None:
+    """Checks the fields that a Llama is built from.
+
+    Raises:
+        ValueError: naming the file, and each faulty field with what was expected and what came.
+    """
+    faults = [
+        f"{name}: expected a positive integer, got {content[name]!r}"
+        for name in _COUNTS
+        if name in content
+        and not (content[name] is None and name in _MAY_BE_NULL)
+        and not (_is_integer(content[name]) and content[name] > 0)
+    ]
+    if not faults:
+        faults = _faults_of_heads(content)
+    faults += _faults_of_numbers(content)
+    activation = content.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        faults.append(f"hidden_act: expected an activation's name, as 'silu', got {activation!r}")
+    dtype = content.get("dtype", content.get("torch_dtype"))
+    if dtype is not None and not _is_dtype(dtype):
+        faults.append(f"dtype: expected a floating dtype, as 'bfloat16', got {dtype!r}")
+    quantization = content.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        faults.append(f"quantization_config: expected an object, got {quantization!r}")
+    if faults:
+        raise ValueError(f"{file}: " + "; ".join(faults))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_dtype(value: Any) -> bool:
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _faults_of_heads(content: Mapping[str, Any]) -> list[str]:
+    def count(name: str) -> int:
+        return content.get(name, getattr(LlamaConfig, name))
+
+    hidden, heads = count("hidden_size"), count("num_attention_heads")
+    kv_heads, vocabulary = count("num_key_value_heads") or heads, count("vocab_size")
+    faults = []
+    if hidden % heads:
+        faults.append(
+            f"num_attention_heads: expected a divisor of hidden_size {hidden}, got {heads}"
+        )
+    if heads % kv_heads:
+        faults.append(
+            f"num_key_value_heads: expected a divisor of num_attention_heads {heads}, "
+            f"got {kv_heads}"
+        )
+    width = content.get("head_dim") or hidden // heads
+    # RoPE turns pairs of a head's elements.
+    if not faults and width % 2:
+        faults.append(f"head_dim: expected an even number, got {width}")
+    padding = content.get("pad_token_id")
+    # torch counts a negative one from the end.
+    if padding is not None and not (_is_integer(padding) and -vocabulary <= padding < vocabulary):
+        faults.append(
+            f"pad_token_id: expected a token of vocab_size {vocabulary}, or null, got {padding!r}"
+        )
+    return faults
+
+
+def _faults_of_numbers(content: Mapping[str, Any]) -> list[str]:
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        return [f"rope_parameters: expected an object, got {rope!r}"]
+    faults = []
+    # name, value, may it be zero, what it must be below
+    for name, value, zero, below in (
+        ("rms_norm_eps", content.get("rms_norm_eps"), True, math.inf),
+        ("attention_dropout", content.get("attention_dropout"), True, 1),
+        ("rope_theta", content.get("rope_theta"), False, math.inf),
+        ("rope_parameters.rope_theta", rope.get("rope_theta"), False, math.inf),
+    ):
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (0 <= value if zero else 0 < value) or not value < below:
+            least = "of at least 0" if zero else "above 0"
+            limit = "" if below == math.inf else f" and below {below}"
+            faults.append(f"{name}: expected a finite number {least}{limit}, got {value!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in (known := ["default", *ROPE_INIT_FUNCTIONS]):
+        faults.append(f"rope_parameters.rope_type: expected one of {known}, got {kind!r}")
+    return faults
+
+
+def shapes_of(file: str, content: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The name and shape of every weight of the Llama that a configuration describes.
+
+    Raises:
+        ValueError: no Llama can be built from it; the message begins with `file`.
+    """
+    # Which attention runs is no matter here, and its package may be missing.
+    fields = {key: content[key] for key in content if "attn_implementation" not in key}
+    try:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**fields))
+    except Exception as error:
+        # The fields are all that goes in, so whatever was raised is theirs.
+        raise ValueError(f"{file}: describes no Llama: {one_line(error)}") from error
+    return {name: list(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def find_weights(path: str, content: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """The safetensors files of a checkpoint, in a directory or (downloaded if need be) a hub's.
+
+    The list is empty for a hub's model without any: transformers may have it converted.
+
+    Args:
+        content: config.json, which may name another file as `transformers_weights`.
+        options: `HUB_OPTIONS`, and `variant` for the files model.VARIANT.safetensors.
+
+    Raises:
+        FileNotFoundError: the directory has none, or a shard is missing.
+        ValueError: the index is malformed, or names a file that is no plain name.
+    """
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    variant = f".{options['variant']}" if options.get("variant") else ""
+    named = content.get("transformers_weights")
+    if named is not None:
+        _check_plain(f"{path}: config.json: transformers_weights", [named])
+    single = named or f"model{variant}.safetensors"
+    index = named or f"{WEIGHTS_NAME}.index{variant}.json"
+    if single.endswith(".safetensors") and (file := find_file(path, single, hub)):
+        return [file]
+    if index.endswith(".json") and (file := find_file(path, index, hub)):
+        return _shards(path, file, hub)
+    if not os.path.isdir(path):
+        return []
+    directory = os.path.join(path, hub["subfolder"]) if hub.get("subfolder") else path
+    wanted = named or f"{single} and no {index}"
+    message = f"{directory}: no {wanted} there"
+    if any(os.path.exists(os.path.join(directory, name)) for name in PICKLE_NAMES):
+        message += (
+            "; pytorch_model.bin is a pickle, and pickles can run code and are never loaded: load "
+            "it with transformers where you trust it, and save_pretrained"
+        )
+    raise FileNotFoundError(message)
+
+
+def _shards(path: str, index: str, options: Mapping[str, Any]) -> list[str]:
+    content = read_json_object(index)
+    where = content.get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: weight_map: expected {{weight: file}}, got {where!r}")
+    # transformers' own reader needs it.
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f"{index}: metadata: expected an object, got {content.get('metadata')!r}")
+    _check_plain(f"{index}: weight_map", where.values())
+    names = sorted(set(where.values()))
+    if not os.path.isdir(path):
+        return cached_files(path, names, **options)
+    directory = os.path.dirname(index)
+    missing = [name for name in names if not os.path.isfile(os.path.join(directory, name))]
+    if missing:
+        raise FileNotFoundError(f"{index}: names files that are missing: {missing}")
+    return [os.path.join(directory, name) for name in names]
+
+
+def _check_plain(source: str, names: Iterable[Any]) -> None:
+    for name in names:
+        plain = isinstance(name, str) and not set(name) & set("/\\:\0")
+        if not plain or not name.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(
+                f"{source}: expected the plain name of a safetensors file, in the same directory, "
+                f"got {name!r}"
+            )
+
+
+def read_shapes(files: Iterable[str]) -> dict[str, list[int]]:
+    """The shape of each weight in safetensors files, from their headers.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is no safetensors file, or cut short; the message begins with it.
+    """
+    shapes = {}
+    for file in files:
+        # safetensors calls a file that it may not read missing; Python says what it is.
+        with open(file, "rb"):
+            pass
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    shapes[name] = list(opened.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{file}: no safetensors file, or cut short: {error}") from None
+    return shapes
+
+
+def check_shapes(
+    path: str, actual: Mapping[str, list[int]], expected: Mapping[str, list[int]], tied: bool
+) -> None:
+    """Compares a checkpoint's weights with those of the Llama that config.json describes.
+
+    Args:
+        path: the checkpoint, for the message.
+        actual: shapes in the files, also without the leading "model." of a bare LlamaModel.
+        expected: shapes of the Llama; weights that it does not have are transformers' to report.
+        tied: whether the head is the embedding, so that one of the two suffices.
+
+    Raises:
+        ValueError: naming every weight that is missing, and every one of another shape.
+    """
+    found = {name if name in expected else f"model.{name}": actual[name] for name in actual}
+    missing = {name for name in expected if name not in found}
+    pair = {"lm_head.weight", "model.embed_tokens.weight"}
+    if tied and not pair <= missing:
+        missing -= pair
+    if missing:
+        raise ValueError(f"{path}: weights are missing: {sorted(missing)}")
+    faults = [
+        f"{name}: expected {shape}, got {found[name]}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if faults:
+        raise ValueError(f"{path}: weights do not fit config.json: " + "; ".join(faults))

@@ -1,0 +1,219 @@
+"""Options of a training, and what they become: an adapter, transformers' arguments, a dtype.
+
+`lora-llama finetune --help` shows the docstring of `FinetuneOptions`, one entry for each option.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from lora_kernels.config import LoraConfig
+
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+TrainingDtypeName = Literal["auto", "bfloat16", "float32"]
+# Those of transformers' schedules that need no options of their own.
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt",
+]  # fmt: skip
+
+
+@dataclass
+class FinetuneOptions:
+    """Options of `lora-llama finetune`; the names are transformers' and axolotl's.
+
+    Args:
+        model: directory or hub id of a Llama, in safetensors (or GGUF, with --gguf_file).
+        data: JSON Lines file: messages, prompt + completion, Alpaca's keys, or text.
+        output_dir: where the adapter, checkpoints, loss.png and metrics.json go.
+        gguf_file: GGUF file inside the model directory.
+        dtype: dtype of the base weights; auto is bfloat16 where the device computes it natively,
+            else float32. (Gradients would underflow in float16.)
+        val_set_size: held-out rows, as a number or (below 1) a fraction of the data; 0 for none.
+        max_length: most tokens in a sequence; longer rows lose their end.
+        packing: put several rows into one sequence.
+        train_on_inputs: train on the prompts as well as on the completions.
+        lora_r: rank of the adapter.
+        lora_alpha: the adapter's delta is scaled by lora_alpha / lora_r.
+        lora_dropout: dropout on the adapter's input.
+        lora_target_modules: names of the projections that get an adapter, as q_proj,v_proj or
+            [q_proj,v_proj]; all-linear takes every one.
+        use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: how the learning rate goes on after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm.
+        num_train_epochs: passes over the data, unless max_steps is given.
+        max_steps: optimizer steps; -1 counts epochs instead.
+        per_device_train_batch_size: sequences per forward pass.
+        per_device_eval_batch_size: sequences per forward pass in evaluation.
+        gradient_accumulation_steps: forward passes per optimizer step.
+        gradient_checkpointing: recompute activations in backward, to save memory.
+        logging_steps: optimizer steps between logged losses.
+        eval_steps: optimizer steps between evaluations; 0 evaluates at the end alone.
+        save_steps: optimizer steps between checkpoints; 0 saves at the end alone.
+        save_total_limit: checkpoints to keep.
+        resume_from_checkpoint: a checkpoint directory, or "latest" in output_dir.
+        report_to: none, or one of transformers' integrations: tensorboard, wandb, ...
+        seed: of the adapter's initialisation, the data's order and split, and dropout.
+    """
+
+    model: str
+    data: str
+    output_dir: str = "outputs"
+    gguf_file: str | None = None
+    dtype: TrainingDtypeName = "auto"
+    val_set_size: float = 0.05
+    max_length: int = 1024
+    packing: bool = False
+    train_on_inputs: bool = False
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | str = field(default_factory=lambda: list(ALL_PROJECTIONS))
+    use_rslora: bool = False
+    learning_rate: float = 2e-4
+    lr_scheduler_type: Schedule = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 4
+    per_device_eval_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    logging_steps: int = 1
+    eval_steps: int = 0
+    save_steps: int = 0
+    save_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    report_to: str = "none"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 0,
+            "save_steps": 0, "warmup_steps": 0, "lora_r": 1, "seed": 0,
+        }  # fmt: skip
+        for name in ("model", "data", "gguf_file", "resume_from_checkpoint"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: expected a name, got ''")
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("val_set_size", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"save_total_limit: expected at least 1, got {self.save_total_limit}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
+        for name, choices in (("dtype", TrainingDtypeName), ("lr_scheduler_type", Schedule)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}"
+                )
+        if not self.output_dir or (
+            os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir)
+        ):
+            raise ValueError(f"output_dir: expected a directory, got {self.output_dir!r}")
+
+    def lora_config(self) -> LoraConfig:
+        """The adapter that these options describe."""
+        targets = self.lora_target_modules
+        if isinstance(targets, str) and targets != "all-linear":
+            targets = [name.strip() for name in targets.split(",")]
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets,
+            use_rslora=self.use_rslora,
+            task_type="CAUSAL_LM",
+        )
+
+    def training_arguments(self, has_eval: bool) -> TrainingArguments:
+        """The same, as transformers' TrainingArguments.
+
+        Raises:
+            ValueError: `report_to` is unknown or not installed.
+        """
+        installed = get_available_reporting_integrations()
+        if self.report_to != "none" and self.report_to not in installed:
+            raise ValueError(
+                f"report_to: expected none, or an integration that is installed "
+                f"({', '.join(installed) or 'here there is none'}), got {self.report_to}"
+            )
+        on_gpu = torch.cuda.is_available()
+        arguments = TrainingArguments(
+            output_dir=self.output_dir,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=self.lr_scheduler_type,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            num_train_epochs=self.num_train_epochs,
+            max_steps=self.max_steps,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            **self._checkpointing(),
+            logging_steps=self.logging_steps,
+            eval_strategy="steps" if has_eval and self.eval_steps else "no",
+            eval_steps=self.eval_steps or None,
+            save_strategy="steps" if self.save_steps else "no",
+            save_steps=self.save_steps or 500,
+            save_total_limit=self.save_total_limit,
+            report_to=self.report_to,
+            seed=self.seed,
+            data_seed=self.seed,
+            use_cpu=not on_gpu,
+            # Else there is no bar where transformers' warnings are off.
+            disable_tqdm=False,
+            dataloader_pin_memory=on_gpu,
+            # A loss that is NaN is to be seen, not replaced.
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+        # One process trains on one GPU; `torchrun` starts one for each.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
+
+    def _checkpointing(self) -> dict[str, Any]:
+        if not self.gradient_checkpointing:
+            return {}
+        # transformers 5.23 renamed the option; 5.17 has the old name alone.
+        new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+        option = "activation_checkpointing" if new_name else "gradient_checkpointing"
+        return {option: True, f"{option}_kwargs": {"use_reentrant": False}}
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the device has instructions for it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
