@@ -116,7 +116,8 @@ def load_adapter(directory: str | os.PathLike[str]) -> tuple[LoraConfig, dict[st
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"adapter directory {str(directory)!r} is missing")
+        fault = "is not a directory" if directory.exists() else "is missing"
+        raise FileNotFoundError(f"adapter directory {str(directory)!r} {fault}")
     config_path = _config_path(directory)
     if not os.path.lexists(directory / TENSORS_NAME):
         message = f"{str(directory / TENSORS_NAME)!r} is missing"
