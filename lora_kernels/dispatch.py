@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 IMPLEMENTATIONS = ("auto", "triton", "eager", "reference")
 
@@ -115,3 +117,15 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         return "triton"
     # The interpreter is for tests: it is asked for by name, never chosen.
     return "eager" if reason is not None or device.type != "cuda" else "triton"
+
+
+def calls_directly(*tensors: Tensor | None) -> bool:
+    """Whether nothing can be tracing, and torch.library's dispatch may be left out.
+
+    On one core it takes 0.1 ms forward and backward, 0.3 ms where the arithmetic has emptied the
+    caches, beside 2 to 3 ms of arithmetic (512 tokens of SmolLM2-135M). On a GPU, where it runs
+    ahead of the kernels, it stays.
+    """
+    return not torch.compiler.is_compiling() and all(
+        x is None or (type(x) in (Tensor, Parameter) and x.device.type == "cpu") for x in tensors
+    )

@@ -52,11 +52,14 @@ def forward(
     compute = rstd.dtype
     for x_block, y_block, rstd_block in _blocks(compute, x, y, rstd.unsqueeze(-1)):
         wide = x_block.to(compute)
-        scratch = y_block if y.dtype == compute else torch.empty_like(wide)
-        torch.mul(wide, wide, out=scratch)
-        torch.mean(scratch, -1, keepdim=True, out=rstd_block).add_(eps).rsqrt_()
-        torch.mul(wide, rstd_block, out=scratch)
-        torch.mul(scratch.to(x.dtype), weight, out=y_block)
+        squares = torch.mul(wide, wide, out=y_block if y.dtype == compute else None)
+        torch.mean(squares, -1, keepdim=True, out=rstd_block).add_(eps).rsqrt_()
+        # Only a copy of x may be overwritten.
+        normalised = torch.mul(wide, rstd_block, out=squares if x.dtype == compute else wide)
+        if y.dtype == x.dtype:
+            y_block.copy_(normalised).mul_(weight)
+        else:
+            torch.mul(normalised.to(x.dtype), weight, out=y_block)
 
 
 def backward(
@@ -74,12 +77,11 @@ def backward(
     dx = d_weight = None
     if need_x:
         factor = weight.to(compute)
-        blocks = [
-            _input_gradient(
-                torch.mul(dy_block.to(compute), factor), x_block.to(compute), rstd_block
-            ).to(x.dtype)
-            for x_block, dy_block, rstd_block in _blocks(compute, x, dy, rstd)
-        ]
+        blocks = []
+        for x_block, dy_block, rstd_block in _blocks(compute, x, dy, rstd):
+            wide = dy_block.to(compute)
+            g = torch.mul(wide, factor, out=None if dy.dtype == compute else wide)
+            blocks.append(_input_gradient(g, x_block.to(compute), rstd_block).to(x.dtype))
         dx = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         if d_total is not None:
             dx.add_(d_total)

@@ -18,7 +18,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch import requested, resolve
+from lora_kernels.dispatch import calls_directly, requested, resolve
 from lora_kernels.rms_norm import eager, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,8 +45,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-@torch.library.custom_op("lora_kernels::rms_norm", mutates_args=())
-def _forward_op(
+def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, total, rstd = _outputs(x, residual, weight)
@@ -65,6 +64,9 @@ def _forward_op(
     return y, total, rstd
 
 
+_forward_op = torch.library.custom_op("lora_kernels::rms_norm", _forward, mutates_args=())
+
+
 @_forward_op.register_fake
 def _(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str
@@ -72,8 +74,7 @@ def _(
     return _outputs(x, residual, weight)
 
 
-@torch.library.custom_op("lora_kernels::rms_norm_backward", mutates_args=())
-def _backward_op(
+def _gradients(
     dy: Tensor,
     d_total: Tensor | None,
     x: Tensor,
@@ -85,7 +86,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     """dx and d_weight; the one that is not needed is an empty tensor. `x` is the total."""
     if x.numel() == 0:
-        dx, d_weight = _gradients(x, weight, need_x, need_weight)
+        dx, d_weight = _empty_gradients(x, weight, need_x, need_weight)
         return dx, d_weight.zero_()
     arguments = (
         _rows(dy), None if d_total is None else _rows(d_total), _rows(x), weight, rstd.view(-1),
@@ -103,12 +104,19 @@ def _backward_op(
     )
 
 
-def _gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def _empty_gradients(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else x.new_empty(0)
     return dx, weight.new_empty(weight.shape if need_weight else 0)
 
 
-@_backward_op.register_fake
+_gradients_op = torch.library.custom_op(
+    "lora_kernels::rms_norm_backward", _gradients, mutates_args=()
+)
+
+
+@_gradients_op.register_fake
 def _(
     dy: Tensor,
     d_total: Tensor | None,
@@ -119,7 +127,13 @@ def _(
     need_weight: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(x, weight, need_x, need_weight)
+    return _empty_gradients(x, weight, need_x, need_weight)
+
+
+def _backward_op(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    # A graph of the gradients is made (create_graph) by the custom op alone, which refuses it.
+    direct = calls_directly(dy, *arguments[:3]) and not torch.is_grad_enabled()
+    return (_gradients if direct else _gradients_op)(dy, *arguments)
 
 
 def _setup_context(
@@ -147,6 +161,18 @@ def _backward(ctx: Any, dy: Tensor | None, d_total: Tensor | None, _: None) -> t
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The custom op with its autograd, without torch.library."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = _forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
@@ -221,5 +247,6 @@ def rms_norm(
             return reference.rms_norm(x, weight, eps)
         total = x + residual
         return reference.rms_norm(total, weight, eps), total
-    y, total, _ = _forward_op(x, residual, weight, float(eps), impl)
+    run = _Direct.apply if calls_directly(x, residual, weight) else _forward_op
+    y, total, _ = run(x, residual, weight, float(eps), impl)
     return y if residual is None else (y, total)

@@ -76,7 +76,6 @@ def backward_kernel(
 
     if BLOCK_H >= H:
         mask_h = columns < H
-        weight = tl.load(weight_ptr + columns * stride_wh, mask=mask_h, other=0.0).to(ACC)
         d_weight = tl.zeros([BLOCK_M, BLOCK_H], ACC)
         for tile in range(0, tiles):
             offsets_m = first_m + tile * BLOCK_M
@@ -88,6 +87,8 @@ def backward_kernel(
             if NEED_WEIGHT:
                 d_weight += dy * n.to(x_ptr.dtype.element_ty).to(ACC)
             if NEED_X:
+                # From the cache for every tile: registers are scarcer.
+                weight = tl.load(weight_ptr + columns * stride_wh, mask=mask_h, other=0.0).to(ACC)
                 g = dy * weight
                 mean = tl.sum(g * n, 1, keep_dims=True) / H
                 _store_dx(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch import requested, resolve
+from lora_kernels.dispatch import calls_directly, requested, resolve
 from lora_kernels.swiglu import eager, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,8 +27,7 @@ def _dense(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-@torch.library.custom_op("lora_kernels::swiglu", mutates_args=())
-def _forward_op(gate: Tensor, up: Tensor, impl: str) -> Tensor:
+def _forward(gate: Tensor, up: Tensor, impl: str) -> Tensor:
     out = _dense(gate)
     if out.numel() == 0:
         return out
@@ -41,13 +40,15 @@ def _forward_op(gate: Tensor, up: Tensor, impl: str) -> Tensor:
     return out
 
 
+_forward_op = torch.library.custom_op("lora_kernels::swiglu", _forward, mutates_args=())
+
+
 @_forward_op.register_fake
 def _(gate: Tensor, up: Tensor, impl: str) -> Tensor:
     return _dense(gate)
 
 
-@torch.library.custom_op("lora_kernels::swiglu_backward", mutates_args=())
-def _backward_op(
+def _gradients(
     dout: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """d_gate and d_up; the one that is not needed is an empty tensor."""
@@ -66,7 +67,12 @@ def _backward_op(
     )
 
 
-@_backward_op.register_fake
+_gradients_op = torch.library.custom_op(
+    "lora_kernels::swiglu_backward", _gradients, mutates_args=()
+)
+
+
+@_gradients_op.register_fake
 def _(
     dout: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -74,6 +80,12 @@ def _(
         _dense(gate) if need_gate else gate.new_empty(0),
         _dense(gate) if need_up else gate.new_empty(0),
     )
+
+
+def _backward_op(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    # A graph of the gradients is made (create_graph) by the custom op alone, which refuses it.
+    direct = calls_directly(dout, *arguments[:2]) and not torch.is_grad_enabled()
+    return (_gradients if direct else _gradients_op)(dout, *arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -90,6 +102,18 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The custom op with its autograd, without torch.library."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out = _forward(*inputs)
+        _setup_context(ctx, inputs, out)
+        return out
+
+    backward = staticmethod(_backward)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -133,4 +157,4 @@ def swiglu(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
     impl = requested(impl)
     if impl == "reference":
         return reference.swiglu(gate, up)
-    return _forward_op(gate, up, impl)
+    return (_Direct.apply if calls_directly(gate, up) else _forward_op)(gate, up, impl)
