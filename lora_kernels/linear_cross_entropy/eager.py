@@ -22,7 +22,8 @@ def _product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the library's products are fastest, at least as precise as `dtype`.
 
     A CPU without bfloat16 instructions emulates them: on two AVX-512 cores (512 tokens, H = 576,
-    V = 49,152) both products took 2.0 s in bfloat16, 0.7 s in float32.
+    V = 49,152) head and loss in torch, forward and backward, took 1.17 s in bfloat16 and 0.34 s in
+    float32.
     """
     if device_type != "cpu" or dtype in (torch.float32, torch.float64):
         return dtype

@@ -104,7 +104,7 @@ def _scale(dx: Tensor, labels: Tensor, ignore_index: int, dy: Tensor) -> Tensor:
     """
     factors = torch.where(labels != ignore_index, dy, 0.0).unsqueeze(1)
     out = torch.empty_like(dx)
-    # A factor of every row's own keeps its float32; a scalar would be rounded to dx's dtype first.
+    # A factor for every row promotes the product to float32; a scalar would take dx's dtype.
     return torch.mul(dx, factors, out=out)
 
 
@@ -244,7 +244,8 @@ def linear_cross_entropy(
         labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if isinstance(num_items, Tensor):
-        num_items = num_items.to(hidden.device).reshape(())
+        acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        num_items = num_items.to(hidden.device, acc_dtype).reshape(())
 
     impl = requested(impl)
     if impl == "reference":
@@ -254,6 +255,4 @@ def linear_cross_entropy(
     total, _ = _total_loss(hidden, weight, labels, ignore_index, impl, need_dx)
     if num_items is None:
         return total / (labels != ignore_index).sum()
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(total.dtype)
     return total / num_items

@@ -224,7 +224,7 @@ def test_gradient_is_computed_only_when_needed(needs):
 
 
 @kernel
-def test_kernel_reads_once_and_writes_nothing_without_gradient():
+def test_kernel_writes_no_logits_without_gradient():
     from lora_kernels.linear_cross_entropy.triton_kernel import cross_entropy
 
     logits = torch.randn(3, 50, device=DEVICE)
@@ -291,9 +291,11 @@ def test_opcheck_of_backward(dtype):
 
 
 def test_incoming_gradient_keeps_its_precision():
-    """A scalar times a 16-bit tensor would be rounded to 16 bits first: 1/3 is off by 2**-9.6."""
-    dx = torch.ones(1, 4, dtype=torch.bfloat16, device=DEVICE) * 3
+    """A third in bfloat16 is off by 2**-9: it must multiply dx in float32."""
+    dx = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     third = torch.tensor(1 / 3, device=DEVICE)
-    assert third.bfloat16() * 3 != 1
-    gradient = op._scale(dx, torch.zeros(1, dtype=torch.int64, device=DEVICE), -100, third)
-    assert gradient.dtype == torch.bfloat16 and (gradient == 1).all()
+    labels = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    gradient = op._scale(dx, labels, -100, third)
+    expected = (dx.double() / 3).bfloat16()
+    assert_close(gradient, expected, rtol=0, atol=0)
+    assert not torch.equal((dx.double() * third.bfloat16().double()).bfloat16(), expected)
