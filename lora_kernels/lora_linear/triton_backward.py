@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.lora_linear import triton_descriptor
 from lora_kernels.lora_linear.dropout import Dropout
 from lora_kernels.lora_linear.plan import Plan
 from lora_kernels.lora_linear.tables import PassConfig, TileConfig, next_power_of_2
@@ -186,7 +187,8 @@ def rank_product(
     BLOCK_R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """accumulator + P[:, first:last] lora_a[first:last] of one tile."""
-    for r in range(first, last, BLOCK_R):
+    # One step for most ranks. Pipelined, its first loads pass the N loop in registers: spills.
+    for r in tl.range(first, last, BLOCK_R, num_stages=1):
         offsets_r = r + tl.arange(0, BLOCK_R)
         mask_r = offsets_r < last
         p = tl.load(
@@ -322,6 +324,10 @@ def dx(
     out = dys[0].new_empty(m, k)
     if out.numel() == 0:
         return out
+    if config.descriptors and dropout is None:
+        described = triton_descriptor.dx(dys, weights, p, lora_a, config)
+        if described is not None:
+            return described
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_n),)
     dx_kernel[grid](
         tuple(dys), tuple(weights), p, lora_a, out, *dropout_arguments(dropout),

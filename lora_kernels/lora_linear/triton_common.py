@@ -48,10 +48,12 @@ def partial_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own switch (`torch.set_float32_matmul_precision`)."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    """float32 products follow torch's own switch (`torch.set_float32_matmul_precision`).
+
+    On AMD they are always float32's own: its compiler knows no tf32 on some architectures.
+    """
+    allowed = torch.version.hip is None and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def launch_options(config: TileConfig | PassConfig | DecodeConfig) -> dict[str, int]:

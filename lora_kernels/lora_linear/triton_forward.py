@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.lora_linear import triton_descriptor
 from lora_kernels.lora_linear.dropout import Dropout
 from lora_kernels.lora_linear.plan import Plan
 from lora_kernels.lora_linear.tables import PassConfig, TileConfig
@@ -190,7 +191,8 @@ def expand_kernel(
         weight_ptrs += BLOCK_K * stride_wk
 
     lora_b_ptr = pick(lora_bs, g)
-    for r in range(0, R_g, BLOCK_R):
+    # One step for most ranks. Pipelined, its first loads pass the K loop in registers: spills.
+    for r in tl.range(0, R_g, BLOCK_R, num_stages=1):
         offsets_r = r + tl.arange(0, BLOCK_R)
         mask_r = offsets_r < R_g
         s = tl.load(
@@ -307,6 +309,10 @@ def expand(
     config: TileConfig,
 ) -> list[Tensor]:
     """y_g[M, N_g] = x weight_gᵀ + bias_g + S_g lora_b_gᵀ, by one kernel."""
+    if config.descriptors:
+        described = triton_descriptor.expand(x, weights, s, lora_bs, biases, config)
+        if described is not None:
+            return described
     (m, k), n = x.shape, tuple(weight.shape[0] for weight in weights)
     ranks = [lora_b.shape[1] for lora_b in lora_bs]
     ys = [x.new_empty(m, size) for size in n]
