@@ -58,7 +58,8 @@ def test_nothing_is_launched_for_nothing(monkeypatch, rows):
     hidden, weight, labels = flat_inputs(rows=max(rows, 1))
     hidden, labels = hidden[:rows], labels[:rows].fill_(-100)
     linear_cross_entropy(hidden, weight, labels, impl="triton", shift=False)
-    assert launches.grids == [] or CUDA
+    # On a GPU ignored rows reach the kernel.
+    assert launches.grids == [] or (CUDA and rows)
 
 
 @pytest.mark.parametrize("gradient", (True, False))
