@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -60,13 +61,13 @@ def run_program(
         return Finished(process.returncode, output, False)
     except subprocess.TimeoutExpired:
         pass
+    output = ""
     for how in (signal.SIGINT, signal.SIGKILL):
-        os.killpg(process.pid, how)
-        try:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with suppress(subprocess.TimeoutExpired):
             output, _ = process.communicate(timeout=GRACE_SECONDS)
             break
-        except subprocess.TimeoutExpired:
-            continue
     return Finished(process.returncode, output, True)
 
 

@@ -23,6 +23,8 @@ from lora_kernels.lora_linear.plan import Plan
 from lora_kernels.lora_linear.tables import Entry, Table, load_table
 
 METHODS = ("one_pass", "split", "library")
+# N and K of an entry's checks: multiples of all tiles, and of 16 alone.
+SIZES = ((1024, 1536), (1008, 784))
 
 
 class PlanIsAnother(Exception):
@@ -101,27 +103,32 @@ def tables(setting: Setting, timer: Timer) -> Iterator[Row]:
         yield Row(check, "entries", "skipped", f"no table for {architecture(setting.device)}")
         return
     cases: list[Case] = []
-    for entry in entries:
-        for method in ("one_pass", "split"):
-            name = (
-                f"{entry.bits} bits, m {entry.m}, n {entry.n}, k {entry.k}, r {entry.r}, {method}"
-            )
-            cases.append((name, partial(_entry, check, name, entry, method, setting)))
+    for n, k in ((64, 48),) if setting.tiny else SIZES:
+        for entry in entries:
+            m = 9 if setting.tiny else min(entry.m, 300)
+            for method in ("one_pass", "split"):
+                name = f"{entry.bits} bits, {m} x {n} x {k}, r {entry.r}, {method}, of m {entry.m}"
+                run = partial(_entry, check, name, entry, method, (m, n, k), setting)
+                cases.append((name, run))
     yield from within(timer, check, cases)
 
 
-def _entry(check: str, name: str, entry: Entry, method: str, setting: Setting) -> Iterable[Row]:
+def _entry(
+    check: str,
+    name: str,
+    entry: Entry,
+    method: str,
+    sizes: tuple[int, int, int],
+    setting: Setting,
+) -> Iterable[Row]:
     dtype = torch.float32 if entry.bits == 32 else torch.bfloat16
-    # Multiples of 16, as entries serve them, but not of the tiles.
-    n, k = (64, 48) if setting.tiny else (1008, 784)
-    m = 19 if setting.tiny else min(entry.m, 300)
     try:
         with forced(method, entry):
             compared = testing.check_lora_linear(
-                m, n, k, entry.r, dtype, "triton", setting.device, bias=False, draws=2
+                *sizes, entry.r, dtype, "triton", setting.device, bias=False, draws=2
             )
-            if m <= plan_module.DECODE_MAX_ROWS and method == "one_pass":
-                compared |= _decoded(m, n, k, entry.r, dtype, setting)
+            if sizes[0] <= plan_module.DECODE_MAX_ROWS and method == "one_pass":
+                compared |= _decoded(*sizes, entry.r, dtype, setting)
     except PlanIsAnother as error:
         yield Row(check, name, "skipped", str(error))
         return

@@ -227,7 +227,8 @@ def heuristic(
         # Loads element by element and operands twice as wide take registers; narrow tiles leave
         # them.
         one_pass = tile = TileConfig(64, 32, 32, 16, 4, 2)
-        dy_b = rows = PassConfig(32, 32, 16, chunk, 4, 2)
+        rows = PassConfig(32, 32, 16, chunk, 4, 2)
+        dy_b = replace(rows, num_warps=8)
         decode = DecodeConfig(64, 32, one_pass_rank, splits, 4, 2)
         if aligned:
             one_pass, tile = TileConfig(64, 64, 32, 16, 8, 2), TileConfig(64, 64, 32, 16, 4, 3)
