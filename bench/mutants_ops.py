@@ -234,7 +234,7 @@ HEAD = [
     _loss("the gradient x 1.02", "gradient.to(logits_ptr", "(gradient * 1.02).to(logits_ptr"),
     _loss("ignored positions have a loss",
           "tl.store(losses_ptr + row, 0.0)", "tl.store(losses_ptr + row, 1.0)",
-          ("linear_cross_entropy/test_op.py::test_ignored_rows_that_are_not_left_out_are_zero[-100-True-triton]",)),
+          ("linear_cross_entropy/test_chunks.py::test_ignored_rows_that_are_not_left_out_are_zero[-100-True-triton]",)),
     Mutant("cross_entropy: eager's gradient lacks the target",
            "linear_cross_entropy/eager.py", "forward", "log_p.expm1())", "log_p.exp())",
            EAGER_LOSS),

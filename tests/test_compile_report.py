@@ -54,11 +54,10 @@ def test_every_configuration_compiles(arch, tmp_path):
         assert result["registers"] > 0 and result["blocks"] > 0 and not result["error"]
         assert not result["spills"] and not result["stack"]
         assert result["matrix"] or not result["needs_matrix"]
+    # On NVIDIA's the smallest tiles may take an older architecture's.
+    tiles = "lora_linear split bf16 128" if arch.startswith("sm_") else "lora_linear split bf16"
     kinds = {
-        kind
-        for result in results
-        if result["name"].startswith("lora_linear split bf16 128")
-        for kind in result["matrix"]
+        kind for result in results if result["name"].startswith(tiles) for kind in result["matrix"]
     }
     # Large tiles take the architecture's own instructions, not those of an older one.
     expected = {"sm_90": {"wgmma"}, "sm_100": {"tcgen05"}, "gfx942": {"mfma"}, "gfx950": {"mfma"}}

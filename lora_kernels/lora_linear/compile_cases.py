@@ -4,8 +4,8 @@ A compiled kernel depends on its configuration and on the launch: how many proje
 whether the tiles divide the sizes and 16 divides them, the dtype, the optional arguments. All
 combinations would be thousands. Every configuration is compiled as it usually runs, and of those
 that differ in the rank alone one with all that makes it heavier at a time: three projections,
-ragged ends, a rank that 16 does not divide, bias and its gradient, scaling by tensor; of each
-kernel one has 64-bit offsets too.
+ragged ends, a rank that 16 does not divide, bias and its gradient, scaling by tensor, and in the
+largest tiles of each kernel 64-bit offsets.
 """
 
 from collections.abc import Iterator
@@ -106,12 +106,13 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
         usual = list(dict.fromkeys([*usual, *configurations("unknown", bf16)]))
     for part, config in usual:
         yield kernel_case(part, config, USUAL)
-    largest = {}
-    for part, config in heaviest(usual):
-        yield kernel_case(part, config, HEAVY)
-        largest[part, getattr(config, "descriptors", False)] = config
-    for (part, _), config in largest.items():
-        yield kernel_case(part, config, replace(HEAVY, label="int64", int64=True))
+    heavy = list(heaviest(usual))
+    # Tensors of more than 2³¹ elements take the tiles for many rows, the last of each kernel's.
+    largest = {(part, getattr(config, "descriptors", False)): config for part, config in heavy}
+    for part, config in heavy:
+        int64 = largest[part, getattr(config, "descriptors", False)] == config
+        label = "heavy int64" if int64 else "heavy"
+        yield kernel_case(part, config, replace(HEAVY, label=label, int64=int64))
         if isinstance(config, DecodeConfig):
             # One split needs no partial results.
             yield kernel_case(part, replace(config, splits=1), USUAL)

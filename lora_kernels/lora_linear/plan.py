@@ -232,7 +232,7 @@ def heuristic(
         decode = DecodeConfig(64, 32, one_pass_rank, splits, 4, 2)
         if aligned:
             one_pass, tile = TileConfig(64, 64, 32, 16, 8, 2), TileConfig(64, 64, 32, 16, 4, 3)
-            dy_b, rows = PassConfig(32, 64, 16, chunk, 4, 2), PassConfig(64, 64, 16, chunk, 4, 3)
+            rows = PassConfig(64, 64, 16, chunk, 4, 3)
             decode = DecodeConfig(64, 64, one_pass_rank, splits, 4, 3)
         one_pass = replace(one_pass, block_r=one_pass_rank)
         return Entry(
