@@ -4,7 +4,7 @@ Named <part>: <fault>. The parts are those of the sources, and so are the letter
 P = s dy lora_b.
 """
 
-from bench.mutants import Mutant
+from bench.mutants_source import Mutant
 
 GROUPED, DROPPED = "lora_linear/test_grouped.py", "lora_linear/test_dropout.py"
 GRADIENTS, DECODE = "lora_linear/test_gradients.py", "lora_linear/test_decode.py"

@@ -1,6 +1,6 @@
 """The faults of the operations beside the projections: RoPE, RMSNorm, SwiGLU, head and loss."""
 
-from bench.mutants import Mutant
+from bench.mutants_source import Mutant
 
 ROPE = "rope/test_forward.py"
 EQUALS_TRANSFORMERS = (f"{ROPE}::test_equals_transformers[triton-1]",)

@@ -49,6 +49,7 @@ TIMED_RANKS = (16, 64)
 MAX_INPUT_SETS = 16
 SAMPLE_SECONDS = 0.3
 Timer = Callable[[Mapping[str, Call], int], dict[str, float]]
+Launch = Callable[[str, Config | None, Tensors], list[torch.Tensor]]
 
 
 def buckets() -> list[Bucket]:
@@ -87,6 +88,7 @@ class Tuner:
     state: Path
     header: dict[str, str]
     timer: Timer = gpu_timer
+    launch: Launch = run
     dtype: torch.dtype = torch.bfloat16
     processors: int = 1
     times: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -126,7 +128,7 @@ class Tuner:
             count = min(MAX_INPUT_SETS, -(-2 * cache_bytes(self.device) // first.bytes))
         sets = [first, *(Tensors.draw(bucket, self.dtype, self.device, i) for i in range(1, count))]
         times = {
-            part: self.timer({"": call_of(part, None, sets)}, count)
+            part: self.timer({"": self.call_of(part, None, sets)}, count)
             for part in ("library_forward", "library_backward")
         }
         n = sum(bucket.n)
@@ -154,11 +156,14 @@ class Tuner:
     ) -> dict[str, float]:
         calls: dict[str, Call] = {}
         for config in configs:
-            if fault := checker.fault(part, config):
+            if fault := checker.fault(part, config, self.launch):
                 self.faults.append(f"{bucket.key}: {part} {config}: {fault}")
             else:
-                calls[json.dumps(asdict(config))] = call_of(part, config, sets)
+                calls[json.dumps(asdict(config))] = self.call_of(part, config, sets)
         return self.timer(calls, len(sets)) if calls else {}
+
+    def call_of(self, part: str, config: Config | None, sets: list[Tensors]) -> Call:
+        return lambda index: self.launch(part, config, sets[index % len(sets)])
 
     def entry(self, bucket: Bucket) -> Entry:
         """The fastest configuration of each kernel, and the method with the least time in all."""
@@ -188,10 +193,6 @@ class Tuner:
         method = min(forward, key=forward.__getitem__)
         parts: dict[str, Any] = chosen
         return Entry(16, bucket.m, sum(bucket.n), bucket.k, bucket.r, method, **parts)
-
-
-def call_of(part: str, config: Config | None, sets: list[Tensors]) -> Call:
-    return lambda index: run(part, config, sets[index % len(sets)])
 
 
 def config_of(part: str, text: str) -> Config:

@@ -172,7 +172,7 @@ class Checker:
         self,
         part: str,
         config: Config,
-        launch: Callable[[str, Config, Tensors], list[Tensor]] = run,
+        launch: Callable[[str, Config | None, Tensors], list[Tensor]] = run,
     ) -> str | None:
         """Why a configuration must not be used here, or None."""
         if part not in self.expected:

@@ -6,16 +6,10 @@ import sys
 
 import pytest
 
-from bench.mutants import (
-    ROOT,
-    Job,
-    Mutant,
-    all_mutants,
-    check_matches,
-    mutated_source,
-    run_jobs,
-    sample,
-)
+from bench import mutants_run
+from bench.mutants import all_mutants, check_matches, sample
+from bench.mutants_run import ROOT, Job, run_jobs
+from bench.mutants_source import Mutant, mutated_source
 
 SOURCE = """
 def double(x):
@@ -126,6 +120,13 @@ def test_verdicts():
     }
     assert "AssertionError" in outcomes["fault"].reason
     assert "NameError" in outcomes["no program"].reason
+
+
+def test_a_process_that_takes_too_long_is_ended(monkeypatch):
+    monkeypatch.setattr(mutants_run, "PROCESS_SECONDS", 0.0)
+    slow = Job("slow", ("lora_linear/test_accuracy.py::test_any_shape",))
+    ((_, outcome),) = run_jobs([slow], 1)
+    assert outcome.verdict == "broken" and outcome.reason == "its process ended with exit code -9"
 
 
 def test_a_sample_is_killed():
