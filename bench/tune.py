@@ -57,14 +57,7 @@ def buckets() -> list[Bucket]:
     shapes = [
         model.projections(group) for model in (LLAMA_8B, LLAMA_1B, SMOLLM2) for group in GROUPS
     ]
-    return [
-        Bucket(m, tuple(n), k, r)
-        for m, r, (k, n) in product(TIMED_ROWS, TIMED_RANKS, dict.fromkeys(shapes_of(shapes)))
-    ]
-
-
-def shapes_of(shapes: list[tuple[int, list[int]]]) -> list[tuple[int, tuple[int, ...]]]:
-    return [(k, tuple(n)) for k, n in shapes]
+    return [Bucket(m, tuple(n), k, r) for m, r, (k, n) in product(TIMED_ROWS, TIMED_RANKS, shapes)]
 
 
 def gpu_timer(calls: Mapping[str, Call], inputs: int) -> dict[str, float]:
@@ -115,7 +108,12 @@ class Tuner:
             if bucket.key not in self.times:
                 if clock() >= deadline:
                     break
-                self.times[bucket.key] = self.timed(bucket)
+                try:
+                    self.times[bucket.key] = self.timed(bucket)
+                except RuntimeError as error:
+                    # Too little memory for this shape, say; the next may fit.
+                    self.faults.append(f"{bucket.key}: {str(error).partition(chr(10))[0]}")
+                    continue
                 self.save()
                 print(f"{bucket.key}: {self.entry(bucket).method}", flush=True)
         return [self.entry(bucket) for bucket in wanted if bucket.key in self.times]
@@ -172,13 +170,13 @@ class Tuner:
         forward = {
             "one_pass": min(best["one_pass"], best["decode"]),
             "split": best["shrink"] + best["split"],
-            "library": times["library_forward"][""],
+            "library": times["library_forward"].get("", math.inf),
         }
         if bucket.m > DECODE_MAX_ROWS:
             backward = best["dy_b"] + best["dx"] + best["d_a"]
             forward["one_pass"] += backward
             forward["split"] += backward
-            forward["library"] += times["library_backward"][""]
+            forward["library"] += times["library_backward"].get("", math.inf)
         chosen = {
             part: config_of(part, min(of_part, key=of_part.__getitem__))
             for part in PARTS
@@ -191,6 +189,8 @@ class Tuner:
                     part, config, bucket.m, sum(bucket.n), bucket.k, bucket.r, self.processors
                 )
         method = min(forward, key=forward.__getitem__)
+        if math.isinf(forward[method]):
+            method = "auto"
         parts: dict[str, Any] = chosen
         return Entry(16, bucket.m, sum(bucket.n), bucket.k, bucket.r, method, **parts)
 
@@ -265,6 +265,9 @@ def tune_here(minutes: float, restart: bool, folder: Path) -> int:
     entries = tuner.tune(wanted, begin + 60 * minutes)
     for fault in tuner.faults:
         print(f"left out: {fault}")
+    if not entries:
+        print("no shape was timed, so no table is written")
+        return 1
     reached = ceilings(device, [torch.bfloat16])
     rates = {
         "flops": reached["matmul"]["bfloat16"],

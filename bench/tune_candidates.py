@@ -1,14 +1,13 @@
-"""What the tuner chooses among: tiles for each kernel, the likely best first, and the GPUs' rates.
+"""What the tuner chooses among: tiles for each kernel, the likely best first; and untimed tables.
 
-    part        kernel                              ordered by
-    one_pass, split, dx     GEMMs                   size: large tiles, then smaller ones
-    shrink, d_a, dy_b       passes over x and dy    what moves the fewest bytes
-    decode                  one pass, split along K
+    one_pass, split, dx     GEMMs                       large tiles first
+    shrink, d_a, dy_b       passes over x and over dy   what moves the fewest bytes first
+    decode                  one pass, split along K     narrow tiles first: more programs
 
-A candidate is one line of a table's entry. Which of them compile without spills within the shared
-memory differs from architecture to architecture, and is found out by compiling them (`fitting`).
-The order is from published measurements: 128 x 256 x 64 with 8 warps, through descriptors, on sm_90
-(Triton PR #5461, PyTorch PR #181413); 128 x 128 with 64 x 64 per warp on sm_89 and sm_120.
+Which candidates compile without spills within the shared memory differs from architecture to
+architecture, and is found out by compiling them (`fitting`); of an untimed table each entry has the
+first that do. The order is from published measurements: 128 x 256 x 64 with 8 warps, through
+descriptors, on sm_90 (Triton PR #5461, PyTorch PR #181413), 128 x 128 on sm_89 and sm_120.
 """
 
 import os
@@ -44,15 +43,15 @@ Fitting = Mapping[tuple[str, int], list[Config]]
 
 @dataclass(frozen=True)
 class Rates:
-    """A card of the architecture: FLOP/s of 16-bit products and bytes/s copied, as reached."""
+    """FLOP/s of 16-bit products and bytes/s copied."""
 
     flops: float
     bytes_per_second: float
     multiprocessors: int
 
 
-# The fastest card of each, of what its data sheet says nine tenths or, where published, what was
-# reached: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090, MI300X, MI355X.
+# Estimates of what the fastest card of each reaches, from data sheets and published runs: A100,
+# RTX 3090, RTX 4090, H200, B200, RTX 5090, MI300X, MI355X. A timed table has its own run's figures.
 RATES = {
     "sm_80": Rates(280e12, 1.7e12, 108),
     "sm_86": Rates(64e12, 0.84e12, 82),
@@ -91,12 +90,13 @@ def candidates(arch: str, part: str, r: int) -> list[Config]:
     if part == "one_pass":
         deep, shallow = (128, 128, 64, 8, stages), (128, 128, 32, 8, stages)
         large = [deep, shallow] if wide or amd else [shallow, deep]
-        # S in registers beside the accumulator: the wider, the fewer of the rest for a warp.
-        small = [(64, 64, 64, 4, stages), (64, 64, 64, 8, stages), (64, 64, 32, 4, stages)]
+        # A wide S takes registers beside the accumulator: more warps share them.
+        warps = (4, 8) if r <= 32 else (8, 4)
         tiles = [
             *([(128, 256, 64, 8, 3)] if wide and r == 16 else []),
             *(large if r <= 32 else []),
-            *(small if r <= 32 or amd else [small[1], small[0], small[2]]),
+            *((64, 64, 64, count, stages) for count in warps),
+            (64, 64, 32, 4, stages),
         ]  # fmt: skip
         return [TileConfig(m, n, k, r, w, s) for m, n, k, w, s in tiles]
     if part == "decode":
@@ -187,7 +187,7 @@ def untimed_entry(arch: str, m: int, n: int, k: int, r: int, found: Fitting) -> 
             configs = for_size(configs, m, k if part == "dx" else n, processors)
         elif part == "shrink" and m > 32 * processors:
             # Enough rows for large blocks, which read lora_a less often.
-            configs = [config for config in configs if config.block_rows >= 64]  # type: ignore
+            configs = [c for c in configs if isinstance(c, PassConfig) and c.block_rows >= 64]
         chosen[part] = adapted(part, configs[0], m, n, k, r, processors)
     return Entry(16, m, n, k, r, "auto", **chosen)
 

@@ -274,6 +274,39 @@ def test_a_run_goes_on_where_it_was_cut_off(tuner):
     assert third.times == {}
 
 
+@pytest.mark.kernel
+@interpreted
+def test_a_shape_that_cannot_be_timed_is_passed_over(tuner):
+    """Too large for the memory, say: it is told, and the next shapes are timed."""
+    timing = tuner(FakeTimer())
+
+    def too_large(part, config, tensors):
+        if config is None and tensors.x.shape[0] == BUCKET.m:
+            raise RuntimeError("CUDA out of memory\nTried to allocate")
+        return run(part, config, tensors)
+
+    fake = timing.timer
+
+    def timer(calls, inputs):
+        for call in calls.values():
+            call(0)
+        return fake(calls, inputs)
+
+    timing.launch, timing.timer = too_large, timer
+    (entry,) = timing.tune([BUCKET, Bucket(20, (32,), 32, 16)], 1.0, lambda: 0.0)
+    assert entry.m == 20
+    assert timing.faults == [f"{BUCKET.key}: CUDA out of memory"]
+
+
+@pytest.mark.kernel
+@interpreted
+def test_nothing_that_can_be_timed_leaves_the_rule(tuner):
+    timing = tuner(FakeTimer())
+    timing.tune([BUCKET], 1.0, lambda: 0.0)
+    timing.times[BUCKET.key] = {part: {} for part in timing.times[BUCKET.key]}
+    assert timing.entry(BUCKET).method == "auto"
+
+
 def test_a_timed_table_keeps_the_untimed_ranks(tmp_path):
     found = {(part, r): candidates("sm_90", part, r) for part in PARTS for r in RANKS}
     timed = [

@@ -235,3 +235,16 @@ def test_a_table_without_entries_leaves_the_heuristic(monkeypatch):
         plan(2048, 4096, 4096, 64, BF16, "sm_90").dx
         == heuristic(2048, (4096,), 4096, 64, BF16, multiprocessors=132).dx
     )
+
+
+def test_float32_products_are_tf32_only_where_the_compiler_knows_it(monkeypatch):
+    from lora_kernels.lora_linear.triton_common import input_precision
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert (input_precision(FP32), input_precision(BF16)) == ("tf32", "ieee")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert input_precision(FP32) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert input_precision(FP32) == "ieee"
