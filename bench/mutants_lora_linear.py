@@ -298,41 +298,96 @@ def _op(fault: str, function: str, old: str, new: str, tests: tuple[str, ...]) -
 
 WIRING = [
     _op("backward has another mask",
-        "_backward", "ctx.scalings, scaling_tensor, seeds,",
+        "_needed_gradients", "ctx.scalings, scaling_tensor, seeds,",
         "ctx.scalings, scaling_tensor, None if seeds is None else seeds + 1,", EAGER_MASKS),
     _op("one mask for all projections",
         "_run", "draw_seeds(len(projections), x.device)",
         "draw_seeds(1, x.device).expand(len(projections))", EAGER_MASKS),
     _op("x is saved for lora_b's gradient",
-        "_setup_context", "x if need_da", "x if need_db", PATTERNS),
+        "_save", "x if need_da", "x if need_db", PATTERNS),
     _op("S is saved for lora_a's gradient",
-        "_setup_context", "s if need_db", "s if need_da", PATTERNS),
+        "_save", "s if need_db", "s if need_da", PATTERNS),
     _op("the needs of lora_a and lora_b are swapped",
-        "_backward", "need_x, _, need_a, need_b,", "need_x, _, need_b, need_a,", PATTERNS),
+        "_needed_gradients", "any(need_a), any(need_b)", "any(need_b), any(need_a)", PATTERNS),
     _op("an unused output has a gradient of ones",
-        "_backward", "given.new_zeros(", "given.new_ones(",
+        "_needed_gradients", "given.new_zeros(", "given.new_ones(",
         (f"{GROUPED}::test_an_output_that_nothing_uses[eager]",)),
-    _op("backward has no scaling", "_backward", "s, ctx.scalings,", "s, [1.0] * count,", EAGER),
+    _op("backward has no scaling",
+        "_needed_gradients", "s, ctx.scalings,", "s, [1.0] * count,", EAGER),
     _op("backward ignores a scaling tensor",
-        "_backward", "ctx.scalings, scaling_tensor, seeds", "ctx.scalings, None, seeds",
+        "_needed_gradients", "ctx.scalings, scaling_tensor, seeds", "ctx.scalings, None, seeds",
         (f"{GROUPED}::test_scalings_of_both_kinds[eager]",)),
     _op("a float among scaling tensors is lost",
         "_scalings", "torch.full((), float(scaling)", "torch.full((), 1.0",
         (f"{GROUPED}::test_scalings_of_both_kinds[eager]",)),
     _op("gradients of lora_a come in x's dtype",
-        "_backward", "part.to(lora_a.dtype)", "part.to(given.dtype)",
+        "_needed_gradients", "part.to(lora_a.dtype)", "part.to(given.dtype)",
         (f"{EXACT}::test_gradients_of_float32_adapters_are_not_rounded_to_16_bits",)),
     _op("every bias is the first one's",
         "_run", "else bias\n        for weight, bias",
         "else biases[-1][:1].expand(weight.shape[0])\n        for weight, bias", EAGER),
     _op("no gradient reaches a bias",
-        "_backward", "d if need else None for d, need in zip(d_bias",
+        "_needed_gradients", "d if need else None for d, need in zip(d_bias",
         "None for d, need in zip(d_bias", EAGER),
     _op("what is kept of S is not scaled",
-        "_forward_op", "return ys, s if save_s", "return ys, s / scalings[0] if save_s", EAGER),
+        "_forward", "return ys, s if save_s", "return ys, s / scalings[0] if save_s", EAGER),
+]  # fmt: skip
+
+DORA_TESTS = "lora_linear/test_dora.py"
+DORA_ONE_PASS = (f"{DORA_TESTS}::test_output_and_gradients[19-5-triton-True]",)
+DORA_SPLIT = (f"{DORA_TESTS}::test_output_and_gradients[19-40-triton-True]",)
+DORA_DECODE = (f"{DORA_TESTS}::test_decoding[triton]",)
+DORA_EAGER = (f"{DORA_TESTS}::test_output_and_gradients[19-5-eager-True]",)
+DORA_GROUP = (f"{DORA_TESTS}::test_a_group_of_which_some_have_a_magnitude[triton]",)
+DORA_NORM = (f"{DORA_TESTS}::test_the_norm_is_that_of_the_merged_weight[-3.0]",)
+DORA_DESCRIPTORS = (
+    "lora_linear/test_descriptor.py::test_accuracy[(33, (80, 16), 32, (40, 3))-torch.float64]",
+)
+DORA_CHUNKS = (f"{DORA_TESTS}::test_the_gradient_of_a_scale[600-contiguous-triton]",)
+
+
+def _dora(fault: str, file: str, function: str, old: str, new: str, tests: tuple) -> Mutant:
+    return Mutant(f"dora: {fault}", f"lora_linear/{file}.py", function, old, new, tests)
+
+
+DORA = [
+    _dora("one pass scales no column", "triton_forward", "one_pass_kernel",
+          "accumulator *= scale.to(ACC)[None, :]", "accumulator *= 1.0", DORA_ONE_PASS),
+    _dora("one pass scales by the first projection's", "triton_forward", "one_pass_kernel",
+          "pick(column_scales, g)", "pick(column_scales, 0)", DORA_GROUP),
+    _dora("expand scales no column", "triton_forward", "expand_kernel",
+          "accumulator *= scale.to(ACC)[None, :]", "accumulator *= 1.0", DORA_SPLIT),
+    _dora("decode scales no column", "triton_decode", "decode_kernel",
+          "accumulator *= scale.to(ACC)[None, :]", "accumulator *= 1.0", DORA_DECODE),
+    _dora("descriptors scale no column", "triton_descriptor", "project",
+          "accumulator *= scale.to(ACC)[None, :]", "accumulator *= 1.0",
+          DORA_DESCRIPTORS),
+    _dora("eager scales no column", "eager", "forward",
+          ".mul_(column_scales[g])", ".mul_(1.0)", DORA_EAGER),
+    _dora("the norm is the weight's alone", "dora", "weight_norm",
+          "squares + scaling *", "squares + 0.0 *", DORA_NORM),
+    _dora("the norm lacks its cross term", "dora", "weight_norm",
+          "2.0 * crosses", "0.0 * crosses", DORA_NORM),
+    _dora("the norm's last term is not squared in the scaling", "dora", "weight_norm",
+          "scaling * update", "update", DORA_NORM),
+    _dora("the incoming gradient is not scaled", "triton_dora", "scale_gradient_kernel",
+          "(dy * scale[None, :])", "dy", DORA_ONE_PASS),
+    _dora("the last chunk is dropped", "triton_dora", "scale_gradient",
+          "return scaled, sums.sum(", "return scaled, sums[:-1].sum(", DORA_CHUNKS),
+    _dora("the last row is dropped", "triton_dora", "scale_gradient_kernel",
+          "offsets_m < M", "offsets_m < M - 1", DORA_CHUNKS),
+    _dora("the scale's gradient is that of a unit scale", "dora", "_scale_gradient",
+          "sums / scale", "sums", DORA_EAGER),
+    _dora("a scale of zero stays", "dora", "column_scale",
+          "(scale == 0) * _NEARLY_ZERO", "0.0",
+          (f"{DORA_TESTS}::test_a_magnitude_of_zero_has_its_gradient[eager]",)),
+    _dora("dropout leaves the base whole", "op", "_with_dropout",
+          "F.linear(x - dropped, weight, bias)", "F.linear(x, weight, bias)",
+          (f"{DORA_TESTS}::test_dropout_is_of_the_scaled_product_alone[eager]",)),
+    _dora("a bias is scaled too", "op", "_run", "[] if scales or all(", "[] if all(", DORA_EAGER),
 ]  # fmt: skip
 
 MUTANTS = [
     *ONE_PASS, *SHRINK, *EXPAND, *DECODING, *DY_B, *REDUCE_P, *DX, *D_A, *DESCRIPTORS, *SHARED,
-    *LIBRARY, *WIRING,
+    *LIBRARY, *WIRING, *DORA,
 ]  # fmt: skip

@@ -97,7 +97,7 @@ def run(part: str, config: Config | None, t: Tensors) -> list[Tensor]:
 
     scalings = [SCALING] * len(t.weights)
     if part == "library_forward":
-        ys, s = eager.forward(t.x, t.weights, t.lora_a, t.lora_bs, None, scalings, None, None)
+        ys, s = eager.forward(t.x, t.weights, t.lora_a, t.lora_bs, None, None, scalings, None, None)
         return [*ys, s]
     if part == "library_backward":
         dx, d_a, d_bs, _ = eager.backward(
@@ -111,20 +111,20 @@ def run(part: str, config: Config | None, t: Tensors) -> list[Tensor]:
     launched: Any = config
     if part == "split":
         launched = for_ranks(launched, ranks)
-        return triton_forward.expand(t.x, t.weights, t.s, t.lora_bs, None, launched)
+        return triton_forward.expand(t.x, t.weights, t.s, t.lora_bs, None, None, launched)
     if part in ("shrink", "dx", "d_a"):
         launched = for_ranks(launched, stacked)
     if part == "shrink":
         return [triton_forward.shrink(t.x, t.lora_a, ranks, scalings, None, launched)]
     if part == "one_pass":
         ys, kept = triton_forward.one_pass(
-            t.x, t.weights, t.lora_a, t.lora_bs, None, scalings, None, launched, True
+            t.x, t.weights, t.lora_a, t.lora_bs, None, None, scalings, None, launched, True
         )
         assert kept is not None
         return [*ys, kept]
     if part == "decode":
         return triton_decode.decode(
-            t.x, t.weights, t.lora_a, t.lora_bs, None, scalings, None, launched
+            t.x, t.weights, t.lora_a, t.lora_bs, None, None, scalings, None, launched
         )
     if part == "dx":
         return [triton_backward.dx(t.dys, t.weights, t.p, t.lora_a, tuple(ranks), launched)]

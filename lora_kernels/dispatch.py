@@ -110,13 +110,13 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if impl in ("eager", "reference"):
         return impl
-    reason = why_not_triton(device, dtype)
-    if impl == "triton":
-        if reason is not None:
-            raise ValueError(f"impl='triton' cannot run here: {reason}")
-        return "triton"
     # The interpreter is for tests: it is asked for by name, never chosen.
-    return "eager" if reason is not None or device.type != "cuda" else "triton"
+    if impl == "auto" and device.type != "cuda":
+        return "eager"
+    reason = why_not_triton(device, dtype)
+    if impl == "triton" and reason is not None:
+        raise ValueError(f"impl='triton' cannot run here: {reason}")
+    return "triton" if reason is None else "eager"
 
 
 def calls_directly(*tensors: Tensor | None) -> bool:

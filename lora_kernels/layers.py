@@ -223,35 +223,40 @@ class LoraLinear(nn.Linear):
         self.merged_adapters = []
 
     def projection(self) -> tuple[Projection, float] | None:
-        """(weight, lora_a, lora_b, scaling, bias) and dropout for one kernel call, if one does it.
+        """The arguments and the dropout of one kernel call, if one does it.
 
         Several active adapters are one adapter of the summed rank. Their dropout masks differ, so
         with dropout they are not: None.
         """
         active = [] if self.disabled or self.merged_adapters else self.active_adapters
         if not active:
-            return (self.weight, None, None, 1.0, self.bias), 0.0
+            return (self.weight, None, None, 1.0, self.bias, None), 0.0
         dropouts = [self.lora_dropout[name] if self.training else 0.0 for name in active]
         if len(active) == 1:
             name = active[0]
             return (
-                (self.weight, self.lora_A[name], self.lora_B[name], self.scaling[name], self.bias),
+                (
+                    self.weight, self.lora_A[name], self.lora_B[name], self.scaling[name],
+                    self.bias, None,
+                ),
                 dropouts[0],
-            )
+            )  # fmt: skip
         if any(dropouts):
             return None
         lora_a = torch.cat([self.lora_A[name] for name in active])
         lora_b = torch.cat([self.lora_B[name] * self.scaling[name] for name in active], dim=1)
-        return (self.weight, lora_a, lora_b, 1.0, self.bias), 0.0
+        return (self.weight, lora_a, lora_b, 1.0, self.bias, None), 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         single = self.projection()
         if single is None:
             return self._forward_several(x)
-        (weight, lora_a, lora_b, scaling, bias), dropout_p = single
+        (weight, lora_a, lora_b, scaling, bias, magnitude), dropout_p = single
         if lora_a is None or lora_b is None:
             return F.linear(x, weight, bias)
-        return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+        return lora_linear(
+            x, weight, lora_a, lora_b, scaling, bias, dropout_p, magnitude=magnitude
+        )
 
     def _forward_several(self, x: Tensor) -> Tensor:
         """Several active adapters with dropout: one fused, the others by library GEMMs."""

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 KERNELS = (
-    "one_pass", "decode", "shrink", "split", "dx", "dy_b", "reduce_p", "d_a", "rope", "rms_norm",
-    "swiglu", "linear_cross_entropy",
+    "one_pass", "decode", "shrink", "split", "dx", "dy_b", "reduce_p", "d_a", "scale_gradient",
+    "rope", "rms_norm", "swiglu", "linear_cross_entropy",
 )  # fmt: skip
 
 

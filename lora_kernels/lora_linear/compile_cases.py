@@ -4,8 +4,8 @@ A compiled kernel depends on its configuration and on the launch: how many proje
 whether the tiles divide the sizes and 16 divides them, the dtype, the optional arguments. All
 combinations would be thousands. Every configuration is compiled as it usually runs, and of those
 that differ in the rank alone one with all that makes it heavier at a time: three projections,
-ragged ends, a rank that 16 does not divide, bias and its gradient, scaling by tensor, and in the
-largest tiles of each kernel 64-bit offsets.
+ragged ends, a rank that 16 does not divide, bias and its gradient or, in their place, column
+scales, scaling by tensor, and in the largest tiles of each kernel 64-bit offsets.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ import torch
 import triton.language as tl
 
 from lora_kernels.compile_cases import CompileCase
+from lora_kernels.lora_linear import triton_dora
 from lora_kernels.lora_linear.plan import Plan, plan
 from lora_kernels.lora_linear.tables import DecodeConfig, PassConfig, TileConfig
 from lora_kernels.lora_linear.triton_backward import (
@@ -48,9 +49,9 @@ KERNELS = {
 DESCRIPTOR_KERNELS = {"split": expand_descriptor_kernel, "dx": dx_descriptor_kernel}
 # Arguments that are tuples over the projections, and their types; "" is the variant's dtype.
 TUPLES = {
-    "weights": "", "lora_bs": "", "biases": "", "ys": "", "dys": "", "scalings": "fp32",
-    "N": "i32", "R": "i32", "first_r": "i32", "first_n": "i32", "first_block": "i32",
-    "last_block": "i32", "stride_wn": "i32", "stride_dym": "i32",
+    "weights": "", "lora_bs": "", "biases": "", "column_scales": "*fp32", "ys": "", "dys": "",
+    "scalings": "fp32", "N": "i32", "R": "i32", "first_r": "i32", "first_n": "i32",
+    "first_block": "i32", "last_block": "i32", "stride_wn": "i32", "stride_dym": "i32",
 }  # fmt: skip
 # Pointers to something other than the variant's dtype. `p_ptr` of `dy_b` is one: partial results.
 POINTERS = {
@@ -71,6 +72,7 @@ class Variant:
         aligned: 16 divides N and K; then `even` may still be False.
         aligned_rank: 16 divides the ranks.
         options: bias and its gradient, scaling by tensor.
+        scales: column scales. The op gives a kernel no bias beside them.
     """
 
     label: str = ""
@@ -81,6 +83,7 @@ class Variant:
     aligned: bool = True
     aligned_rank: bool = True
     options: bool = False
+    scales: bool = False
     dropout: bool = False
     int64: bool = False
 
@@ -96,6 +99,7 @@ MODEST = ("sm_80", "sm_89", "sm_120")
 CHUNK = 512
 WITH_DROPOUT = ("shrink", "dx", "d_a")
 GEMMS = ("one_pass", "split", "dx")
+FORWARD = ("one_pass", "split", "decode")
 
 
 def compile_cases(arch: str) -> Iterator[CompileCase]:
@@ -112,7 +116,11 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     for part, config in heavy:
         int64 = largest[part, getattr(config, "descriptors", False)] == config
         label = "heavy int64" if int64 else "heavy"
-        yield kernel_case(part, config, replace(HEAVY, label=label, int64=int64))
+        variant = replace(HEAVY, label=label, int64=int64)
+        yield kernel_case(part, config, variant)
+        if part in FORWARD:
+            scaled = replace(variant, label=f"{label} scales", options=False, scales=True)
+            yield kernel_case(part, config, scaled)
         if isinstance(config, DecodeConfig):
             # One split needs no partial results.
             yield kernel_case(part, replace(config, splits=1), USUAL)
@@ -133,6 +141,7 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     for part, config in heaviest(configurations(arch, fp32, aligned=False)):
         if part not in ("decode", "reduce_p"):
             yield kernel_case(part, config, replace(ODD, dtype="fp32"))
+    yield from triton_dora.compile_cases()
 
 
 def configurations(
@@ -248,6 +257,8 @@ def _constexprs(part: str, config: Config, variant: Variant, count: int) -> dict
         values |= {"stride_wk": (1,) * count, "stride_dyn": (1,) * count}
     if not variant.options:
         values |= {"biases": None, "dbias_ptr": None}
+    if not variant.scales:
+        values |= {"column_scales": None}
     if not variant.dropout:
         values |= {"seed_ptr": None, "seeds_ptr": None}
     if isinstance(config, TileConfig):

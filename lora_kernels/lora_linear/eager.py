@@ -4,7 +4,7 @@ The CPU path, and the GPU path wherever the plan finds it faster. All tensors ha
 (`op.py` sees to that) and two dimensions; g numbers the projections, and lora_a[R, K], S and P hold
 those of all of them, one beside the other:
 
-    S[M, R] = s_g x_lora lora_aᵀ       y_g = x weight_gᵀ + bias_g + S_g lora_b_gᵀ
+    S[M, R] = s_g x_lora lora_aᵀ       y_g = c_g * (x weight_gᵀ + S_g lora_b_gᵀ) + bias_g
     P[M, R] = s_g dy_g lora_b_g        dx  = Σ_g dy_g weight_g + Σ_g keep_g * (P_g lora_a_g)
     d_lora_b_g = dy_gᵀ S_g             d_lora_a = Pᵀ x_lora           d_bias_g = Σ_m dy_g
 
@@ -25,6 +25,7 @@ def forward(
     lora_a: Tensor,
     lora_bs: list[Tensor],
     biases: list[Tensor] | None,
+    column_scales: list[Tensor] | None,
     scalings: list[float],
     scaling_tensor: Tensor | None,
     dropout: Dropout | None,
@@ -44,8 +45,12 @@ def forward(
     for g, (weight, s_g, lora_b) in enumerate(
         zip(weights, s.split(ranks, 1), lora_bs, strict=True)
     ):
-        y = F.linear(x, weight, None if biases is None else biases[g])
-        ys.append(y.addmm_(s_g, lora_b.t()))
+        if column_scales is None:
+            y = F.linear(x, weight, None if biases is None else biases[g])
+            ys.append(y.addmm_(s_g, lora_b.t()))
+            continue
+        y = F.linear(x, weight).addmm_(s_g, lora_b.t()).mul_(column_scales[g])
+        ys.append(y if biases is None else y.add_(biases[g]))
     return ys, s
 
 

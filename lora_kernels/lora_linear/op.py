@@ -6,23 +6,33 @@
 The op takes a group of projections of one x; `lora_linear` is a group of one. The dtypes are
 settled here and nowhere else: below the custom ops every tensor has x's dtype (autocast's, where it
 is on), and the gradients of the adapter come back in the adapter's dtype.
+
+With a magnitude (DoRA) the products are scaled by columns, c = magnitude / ‖weight + s lora_b
+lora_a‖, in the kernel's epilogue; its gradient needs y, the only [M, N] tensor that is ever kept.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.dispatch import requested, resolve
+from lora_kernels.dispatch import calls_directly, requested, resolve
 from lora_kernels.lora_linear import eager, reference
+from lora_kernels.lora_linear.dora import column_scale, scale_gradient
 from lora_kernels.lora_linear.dropout import Dropout, draw_seeds, generator_keep
 from lora_kernels.lora_linear.plan import Plan, plan
 
-# weight, lora_a, lora_b, scaling, bias. Without an adapter lora_a and lora_b are None.
-Projection = tuple[Tensor, Tensor | None, Tensor | None, float | Tensor, Tensor | None]
-_Complete = tuple[Tensor, Tensor, Tensor, float | Tensor, Tensor | None]
+# weight, lora_a, lora_b, scaling, bias and, for DoRA, magnitude. Without an adapter lora_a and
+# lora_b are None.
+PlainProjection = tuple[Tensor, Tensor | None, Tensor | None, float | Tensor, Tensor | None]
+Projection = tuple[
+    Tensor, Tensor | None, Tensor | None, float | Tensor, Tensor | None, Tensor | None
+]
+_Complete = tuple[Tensor, Tensor, Tensor, float | Tensor, Tensor | None, Tensor | None]
 
 
 @cache
@@ -59,6 +69,7 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     impl: str = "auto",
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """A linear layer with a LoRA adapter: base product plus scaled low-rank product.
 
@@ -72,25 +83,30 @@ def lora_linear(
         dropout_p: probability, in [0, 1), of dropping an element of x in the low-rank branch alone.
             The mask comes from torch's generator on x's device.
         impl: "auto" (the plan decides), "triton", "eager" or "reference".
+        magnitude: [N], DoRA's trained length of each row of the weight with its update: the
+            products are scaled by magnitude / ‖weight + scaling lora_b lora_a‖, whose norm gets no
+            gradient. With dropout the base product is made twice, as DoRA in PEFT defines it.
 
     Returns:
-        y[..., N] in x's dtype; under autocast in autocast's. Gradients reach x, lora_a, lora_b and
-        bias, those of lora_a and lora_b in their own dtypes. Only "reference" can be differentiated
-        twice.
+        y[..., N] in x's dtype; under autocast in autocast's. Gradients reach x, lora_a, lora_b,
+        bias and magnitude, those of lora_a, lora_b and magnitude in their own dtypes. Only
+        "reference" can be differentiated twice.
 
     Raises:
         ValueError: a shape, a device, dropout_p or impl does not fit; weight or scaling requires a
             gradient; or the implementation asked for cannot run here (the message says why).
         TypeError: an argument is not a tensor, not floating point, or weight's dtype is not x's.
 
-    Source: Hu et al., "LoRA" (arXiv:2106.09685); PEFT's semantics (peft/tuners/lora/layer.py).
+    Source: Hu et al., "LoRA" (arXiv:2106.09685); Liu et al., "DoRA" (arXiv:2402.09353); PEFT's
+    semantics (peft/tuners/lora/layer.py and dora.py).
     """
-    return _run(x, [(weight, lora_a, lora_b, scaling, bias)], dropout_p, impl, ("",))[0]
+    projection = (weight, lora_a, lora_b, scaling, bias, magnitude)
+    return _run(x, [projection], dropout_p, impl, ("",))[0]
 
 
 def lora_linear_grouped(
     x: Tensor,
-    projections: Sequence[Projection],
+    projections: Sequence[Projection | PlainProjection],
     dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
@@ -101,8 +117,9 @@ def lora_linear_grouped(
 
     Args:
         x: [..., K], as for `lora_linear`.
-        projections: (weight[N, K], lora_a[R, K], lora_b[N, R], scaling, bias[N] or None) each; N, R
-            and scaling may differ. lora_a = lora_b = None is a projection without an adapter.
+        projections: (weight[N, K], lora_a[R, K], lora_b[N, R], scaling, bias[N] or None) each, and
+            a sixth, magnitude[N] or None, for DoRA; N, R and scaling may differ. lora_a = lora_b =
+            None is a projection without an adapter.
         dropout_p: as for `lora_linear`; every projection draws its own mask.
         impl: as for `lora_linear`.
 
@@ -117,14 +134,15 @@ def lora_linear_grouped(
         raise ValueError("projections: expected at least one, got none")
     complete: dict[int, _Complete] = {}
     outputs: dict[int, Tensor] = {}
-    for index, (weight, lora_a, lora_b, scaling, bias) in enumerate(projections):
+    for index, (weight, lora_a, lora_b, scaling, bias, *magnitude) in enumerate(projections):
         if lora_a is None and lora_b is None:
             outputs[index] = F.linear(x, weight, bias)
         elif lora_a is None or lora_b is None:
             missing = "lora_a" if lora_a is None else "lora_b"
             raise ValueError(f"projections[{index}]: {missing} is None and its counterpart is not")
         else:
-            complete[index] = (weight, lora_a, lora_b, scaling, bias)
+            last = magnitude[0] if magnitude else None
+            complete[index] = (weight, lora_a, lora_b, scaling, bias, last)
     if complete:
         names = tuple(f"projections[{index}]." for index in complete)
         ys = _run(x, list(complete.values()), dropout_p, impl, names)
@@ -142,10 +160,15 @@ def _run(
     """`names` is what errors call each projection's arguments by: a prefix."""
     for name, projection in zip(names, projections, strict=True):
         _validate(x, *projection, dropout_p, name)
+    if dropout_p > 0.0 and any(projection[-1] is not None for projection in projections):
+        return tuple(
+            _with_dropout(x, projection, dropout_p, impl, name)
+            for name, projection in zip(names, projections, strict=True)
+        )
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     else:
-        for name, (weight, _, _, _, bias) in zip(names, projections, strict=True):
+        for name, (weight, _, _, _, bias, _) in zip(names, projections, strict=True):
             if weight.dtype != x.dtype:
                 raise TypeError(f"{name}weight: expected x's dtype {x.dtype}, got {weight.dtype}")
             if bias is not None and bias.dtype != x.dtype:
@@ -158,24 +181,62 @@ def _run(
             reference.lora_linear(
                 x, weight.to(x.dtype), lora_a, lora_b, scaling,
                 None if bias is None else bias.to(x.dtype),
-                None if seeds is None else generator_keep(seeds[g], dropout_p, x),
+                None if seeds is None else generator_keep(seeds[g], dropout_p, x), magnitude,
             )
-            for g, (weight, lora_a, lora_b, scaling, bias) in enumerate(projections)
+            for g, (weight, lora_a, lora_b, scaling, bias, magnitude) in enumerate(projections)
         )  # fmt: skip
 
-    weights, lora_as, lora_bs, scalings, biases = zip(*projections, strict=True)
+    weights, lora_as, lora_bs, scalings, biases, _ = zip(*projections, strict=True)
+    scales = _column_scales(projections)
+    # Beside a scale a bias is added afterwards: the gradient of the scale is had from y without it,
+    # and both in one epilogue are more registers than the largest tiles have.
     values, scaling_tensor = _scalings(scalings, x)
-    given = [] if all(bias is None for bias in biases) else [
+    given = [] if scales or all(bias is None for bias in biases) else [
         x.new_zeros(weight.shape[0]) if bias is None else bias
         for weight, bias in zip(weights, biases, strict=True)
     ]  # fmt: skip
     save_s = torch.is_grad_enabled() and any(lora_b.requires_grad for lora_b in lora_bs)
-    ys, _ = _forward_op(
-        x.reshape(-1, x.shape[-1]), weights, lora_as, lora_bs, given, values, scaling_tensor,
-        seeds, dropout_p, impl, save_s,
-    )  # fmt: skip
+    settings = (values, scaling_tensor, seeds, dropout_p, impl, save_s)
+    rows = x.reshape(-1, x.shape[-1])
+    if calls_directly(x, scaling_tensor, *weights, *lora_as, *lora_bs, *given, *scales):
+        groups = (weights, lora_as, lora_bs, given, scales)
+        ys = _Direct.apply(rows, settings, tuple(map(len, groups)), *chain(*groups))
+    else:
+        ys, _ = _forward_op(rows, weights, lora_as, lora_bs, given, scales, *settings)
+    if scales:
+        ys = [
+            y if bias is None else y + bias.to(y.dtype)
+            for y, bias in zip(ys, biases, strict=True)
+        ]  # fmt: skip
     leading = x.shape[:-1]
     return tuple(y.reshape(*leading, y.shape[-1]) for y in ys)
+
+
+def _with_dropout(
+    x: Tensor, projection: _Complete, dropout_p: float, impl: str, name: str
+) -> Tensor:
+    """One projection of a group of which some have a magnitude.
+
+    DoRA's product is of the dropped x alone, and the rest of x goes through the base.
+    """
+    weight, lora_a, lora_b, scaling, bias, magnitude = projection
+    if magnitude is None:
+        return _run(x, [projection], dropout_p, impl, (name,))[0]
+    dropped = F.dropout(x, dropout_p)
+    whole = (weight, lora_a, lora_b, scaling, None, magnitude)
+    return _run(dropped, [whole], 0.0, impl, (name,))[0] + F.linear(x - dropped, weight, bias)
+
+
+def _column_scales(projections: Sequence[_Complete]) -> list[Tensor]:
+    """c[N] of each projection, ones where it has no magnitude; empty where none has."""
+    if all(projection[-1] is None for projection in projections):
+        return []
+    return [
+        weight.new_ones(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+        if magnitude is None
+        else column_scale(magnitude, weight, lora_a, lora_b, scaling)
+        for weight, lora_a, lora_b, scaling, _, magnitude in projections
+    ]
 
 
 def _scalings(scalings: Sequence[float | Tensor], x: Tensor) -> tuple[list[float], Tensor | None]:
@@ -199,12 +260,15 @@ def _validate(
     lora_b: Tensor,
     scaling: float | Tensor,
     bias: Tensor | None,
+    magnitude: Tensor | None,
     dropout_p: float,
     prefix: str,
 ) -> None:
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
         tensors["bias"] = bias
+    if magnitude is not None:
+        tensors["magnitude"] = magnitude
     for argument, tensor in tensors.items():
         name = argument if argument == "x" else prefix + argument
         if not isinstance(tensor, Tensor):
@@ -226,7 +290,9 @@ def _validate(
         raise ValueError(
             f"{prefix}lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}"
         )
-    expected = {"x": (*x.shape[:-1], k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,)}
+    expected = {
+        "x": (*x.shape[:-1], k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,), "magnitude": (n,)
+    }  # fmt: skip
     for name, tensor in tensors.items():
         if name != "weight" and tuple(tensor.shape) != expected[name]:
             raise ValueError(
@@ -297,13 +363,13 @@ def _operands(
     )
 
 
-@torch.library.custom_op("lora_kernels::lora_linear", mutates_args=())
-def _forward_op(
+def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     biases: Sequence[Tensor],
+    column_scales: Sequence[Tensor],
     scalings: Sequence[float],
     scaling_tensor: Tensor | None,
     seeds: Tensor | None,
@@ -314,9 +380,12 @@ def _forward_op(
     """y_g[M, N_g] and the scaled S[M, R], which has no rows where backward does not need it."""
     frozen, lora_a, expansions = _operands(weights, lora_as, lora_bs, x.dtype)
     offsets = [bias.to(x.dtype).contiguous() for bias in biases] or None
+    columns = [scale.contiguous() for scale in column_scales] or None
     dropout = None if seeds is None else Dropout(seeds, dropout_p)
     chosen = _plan(x, weights, lora_as, seeds is not None, impl)
-    arguments = (x, frozen, lora_a, expansions, offsets, list(scalings), scaling_tensor, dropout)
+    arguments = (
+        x, frozen, lora_a, expansions, offsets, columns, list(scalings), scaling_tensor, dropout
+    )  # fmt: skip
     s: Tensor | None
     if chosen is None:
         ys, s = eager.forward(*arguments)
@@ -328,10 +397,14 @@ def _forward_op(
     return ys, s if save_s and s is not None else x.new_empty(0, lora_a.shape[0])
 
 
+_forward_op = torch.library.custom_op("lora_kernels::lora_linear", _forward, mutates_args=())
+
+
 @_forward_op.register_fake
 def _(
-    x, weights, lora_as, lora_bs, biases, scalings, scaling_tensor, seeds, dropout_p, impl, save_s
-):
+    x, weights, lora_as, lora_bs, biases, column_scales, scalings, scaling_tensor, seeds, dropout_p,
+    impl, save_s,
+):  # fmt: skip
     rank = sum(lora_a.shape[0] for lora_a in lora_as)
     ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
     return ys, x.new_empty(x.shape[0] if save_s else 0, rank)
@@ -345,8 +418,7 @@ def _adapter_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-@torch.library.custom_op("lora_kernels::lora_linear_backward", mutates_args=())
-def _backward_op(
+def _gradients(
     dys: Sequence[Tensor],
     x: Tensor | None,
     weights: Sequence[Tensor],
@@ -389,7 +461,12 @@ def _backward_op(
     )
 
 
-@_backward_op.register_fake
+_gradients_op = torch.library.custom_op(
+    "lora_kernels::lora_linear_backward", _gradients, mutates_args=()
+)
+
+
+@_gradients_op.register_fake
 def _(
     dys, x, weights, lora_as, lora_bs, s, scalings, scaling_tensor, seeds, dropout_p, impl, needs
 ):
@@ -404,53 +481,136 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, weights, lora_as, lora_bs, _, scalings, scaling_tensor, seeds, dropout_p, impl, _ = inputs
-    _, s = output
-    ctx.mark_non_differentiable(s)
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    column_scales: Sequence[Tensor],
+    settings: tuple[Any, ...],
+    ys: Sequence[Tensor],
+    s: Tensor,
+) -> None:
+    ctx.scalings, scaling_tensor, seeds, ctx.dropout_p, ctx.impl, _ = settings
     ctx.set_materialize_grads(False)
-    # ctx.needs_input_grad is flat here, and nested like the arguments in backward.
-    need_da, need_db = (any(t.requires_grad for t in tensors) for tensors in (lora_as, lora_bs))
-    # x is saved for d_lora_a alone and S for d_lora_b alone; the rest are references.
+    # x is saved for d_lora_a alone, S for d_lora_b and y for the scales; the rest are references.
+    need_da, need_db, need_scale = (
+        any(tensor.requires_grad for tensor in tensors)
+        for tensors in (lora_as, lora_bs, column_scales)
+    )
+    ctx.rows, ctx.count = x.shape[0], len(weights)
     ctx.save_for_backward(
         x if need_da else None, s if need_db else None, scaling_tensor, seeds,
-        *weights, *lora_as, *lora_bs,
+        *weights, *lora_as, *lora_bs, *column_scales, *(ys if need_scale else ()),
     )  # fmt: skip
-    ctx.rows = x.shape[0]
-    ctx.scalings, ctx.dropout_p, ctx.impl = scalings, dropout_p, impl
 
 
-def _backward(ctx, dys, _):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    x, weights, lora_as, lora_bs, _, column_scales, *settings = inputs
+    ys, s = output
+    ctx.mark_non_differentiable(s)
+    _save(ctx, x, weights, lora_as, lora_bs, column_scales, tuple(settings), ys, s)
+
+
+_Gradients = tuple[Tensor | None, list[Any], list[Any], list[Any], list[Any]]
+
+
+def _needed_gradients(
+    ctx: Any,
+    dys: Sequence[Tensor | None],
+    need_x: bool,
+    need_a: Sequence[bool],
+    need_b: Sequence[bool],
+    need_bias: Sequence[bool],
+    need_scale: Sequence[bool],
+) -> _Gradients:
+    """dx and, per projection, d_lora_a, d_lora_b, d_bias and d_scale: None where not needed."""
     x, s, scaling_tensor, seeds, *rest = ctx.saved_tensors
-    count = len(rest) // 3
-    weights, lora_as, lora_bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
+    count = ctx.count
+    weights, lora_as, lora_bs = rest[:count], rest[count : 2 * count], rest[2 * count : 3 * count]
+    scaled = len(need_scale)
+    scales, ys = rest[3 * count : 3 * count + scaled], rest[3 * count + scaled :]
+    none: list[Any] = [None] * count
+    d_x, d_lora_as, d_lora_bs = None, none, none
+    d_biases: list[Any] = [None] * len(need_bias)
+    d_scales: list[Any] = [None] * scaled
     needs = [need_x, any(need_a), any(need_b), any(need_bias)]
     given = next((dy for dy in dys if dy is not None), None)
-    none = [None] * count
-    d_x, d_lora_as, d_lora_bs, d_biases = None, none, none, [None] * len(need_bias)
-    if given is not None and any(needs):
-        # An output that nothing used has no gradient.
-        complete = [
-            given.new_zeros(ctx.rows, weight.shape[0]) if dy is None else dy
-            for dy, weight in zip(dys, weights, strict=True)
+    if given is None or not (any(needs) or any(need_scale)):
+        return d_x, d_lora_as, d_lora_bs, d_biases, d_scales
+    # An output that nothing used has no gradient.
+    complete = [
+        given.new_zeros(ctx.rows, weight.shape[0]) if dy is None else dy
+        for dy, weight in zip(dys, weights, strict=True)
+    ]
+    if ys:
+        pairs = [
+            scale_gradient(dy, y, scale, ctx.impl)
+            for dy, y, scale in zip(complete, ys, scales, strict=True)
         ]
-        dx, d_lora_a, d_b, d_bias = _backward_op(
-            complete, x, weights, lora_as, lora_bs, s, ctx.scalings, scaling_tensor, seeds,
-            ctx.dropout_p, ctx.impl, needs,
-        )  # fmt: skip
-        d_x = dx if need_x else None
-        if needs[1]:
-            parts = d_lora_a.split([lora_a.shape[0] for lora_a in lora_as])
-            d_lora_as = [
-                part.to(lora_a.dtype) if need else None
-                for part, lora_a, need in zip(parts, lora_as, need_a, strict=True)
-            ]
-        if needs[2]:
-            d_lora_bs = [d if need else None for d, need in zip(d_b, need_b, strict=True)]
-        if needs[3]:
-            d_biases = [d if need else None for d, need in zip(d_bias, need_bias, strict=True)]
-    return d_x, none, d_lora_as, d_lora_bs, d_biases, None, None, None, None, None, None
+        complete = [dy for dy, _ in pairs]
+        d_scales = [d if need else None for (_, d), need in zip(pairs, need_scale, strict=True)]
+    elif scales:
+        complete = [
+            (dy * scale).to(dy.dtype) for dy, scale in zip(complete, scales, strict=True)
+        ]  # fmt: skip
+    if not any(needs):
+        return d_x, d_lora_as, d_lora_bs, d_biases, d_scales
+    # A graph of the gradients is made (create_graph) by the custom op alone, which refuses it.
+    direct = calls_directly(*complete, x, *rest) and not torch.is_grad_enabled()
+    dx, d_lora_a, d_b, d_bias = (_gradients if direct else _gradients_op)(
+        complete, x, weights, lora_as, lora_bs, s, ctx.scalings, scaling_tensor, seeds,
+        ctx.dropout_p, ctx.impl, needs,
+    )  # fmt: skip
+    d_x = dx if need_x else None
+    if needs[1]:
+        parts = d_lora_a.split([lora_a.shape[0] for lora_a in lora_as])
+        d_lora_as = [
+            part.to(lora_a.dtype) if need else None
+            for part, lora_a, need in zip(parts, lora_as, need_a, strict=True)
+        ]
+    if needs[2]:
+        d_lora_bs = [d if need else None for d, need in zip(d_b, need_b, strict=True)]
+    if needs[3]:
+        d_biases = [d if need else None for d, need in zip(d_bias, need_bias, strict=True)]
+    return d_x, d_lora_as, d_lora_bs, d_biases, d_scales
+
+
+def _backward(ctx: Any, dys: Sequence[Tensor | None], _: None) -> tuple[Any, ...]:
+    need_x, _, need_a, need_b, need_bias, need_scale, *_ = ctx.needs_input_grad
+    d_x, d_a, d_b, d_bias, d_scale = _needed_gradients(
+        ctx, dys, need_x, need_a, need_b, need_bias, need_scale
+    )
+    return d_x, [None] * ctx.count, d_a, d_b, d_bias, d_scale, *[None] * 6
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The custom op with its autograd, without torch.library; its tensors are one flat list."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, settings: tuple[Any, ...], sizes: tuple[int, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, lora_as, lora_bs, biases, scales = _split(tensors, sizes)
+        ys, s = _forward(x, weights, lora_as, lora_bs, biases, scales, *settings)
+        ctx.sizes = sizes
+        _save(ctx, x, weights, lora_as, lora_bs, scales, settings, ys, s)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        need_x, _, _, *needs = ctx.needs_input_grad
+        _, *groups = _split(needs, ctx.sizes)
+        d_x, *gradients = _needed_gradients(ctx, dys, need_x, *groups)
+        nested = [None] * ctx.count, *gradients
+        return d_x, None, None, *(gradient for group in nested for gradient in group)
+
+
+def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+    """Consecutive parts of the given sizes."""
+    ends = list(accumulate(sizes))
+    return [items[end - size : end] for size, end in zip(sizes, ends, strict=True)]

@@ -87,6 +87,11 @@ def first_columns(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sum(sizes[:g]) for g in range(len(sizes)))
 
 
+def as_tuple(tensors: list[Tensor] | None) -> tuple[Tensor, ...] | None:
+    """An optional argument, one a projection."""
+    return None if tensors is None else tuple(tensors)
+
+
 @triton.jit
 def tile_of(pid, row_blocks, column_blocks, GROUP: tl.constexpr):
     """Row and column of a program's tile; GROUP row blocks share their columns in the L2 cache."""

@@ -1,6 +1,6 @@
 """Triton forward for the few rows of a decoding step: one pass, split along K, in one launch.
 
-    y_g[M, N_g] = bias_g + Σ_k x[:, k] weight_g[:, k]ᵀ + s_g (x[:, k] lora_a_g[:, k]ᵀ) lora_b_gᵀ
+    y_g[M, N_g] = bias_g + c_g Σ_k x[:, k] weight_g[:, k]ᵀ + s_g (x[:, k] lora_a_g[:, k]ᵀ) lora_b_gᵀ
 
 where k runs over the splits. With M <= 16 the weights' bytes are all that counts, and the column
 tiles alone are too few programs to fetch them. Both products are linear in x, so each split along K
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_kernels.lora_linear.tables import DecodeConfig
 from lora_kernels.lora_linear.triton_common import (
     accumulator_dtype,
+    as_tuple,
     first_columns,
     input_precision,
     launch_options,
@@ -36,8 +37,8 @@ from lora_kernels.lora_linear.triton_common import (
 
 @triton.jit
 def decode_kernel(
-    x_ptr, weights, lora_a_ptr, lora_bs, biases, ys, partial_ptr, arrived_ptr, scalings,
-    first_r, first_n,
+    x_ptr, weights, lora_a_ptr, lora_bs, biases, column_scales, ys, partial_ptr, arrived_ptr,
+    scalings, first_r, first_n,
     M, N, K, R, N_ALL, stride_xm, stride_xk, stride_wn, stride_wk,
     SCALING_IS_TENSOR: tl.constexpr, SPLITS: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -103,6 +104,9 @@ def decode_kernel(
                     part_ptrs + part * M * N_ALL, mask=mask, other=0.0, cache_modifier=".cg"
                 )
     if is_last:
+        if column_scales is not None:
+            scale = tl.load(pick(column_scales, g) + offsets_n, mask=mask_n, other=0.0)
+            accumulator *= scale.to(ACC)[None, :]
         if biases is not None:
             bias = tl.load(pick(biases, g) + offsets_n, mask=mask_n, other=0.0)
             accumulator += bias.to(ACC)[None, :]
@@ -118,6 +122,7 @@ def decode(
     lora_a: Tensor,
     lora_bs: list[Tensor],
     biases: list[Tensor] | None,
+    column_scales: list[Tensor] | None,
     scalings: list[float],
     scaling_tensor: Tensor | None,
     config: DecodeConfig,
@@ -133,7 +138,7 @@ def decode(
         arrived = torch.zeros(blocks, dtype=torch.int32, device=x.device)
     scales = scaling_arguments(scalings, scaling_tensor, x.dtype, x.device)
     decode_kernel[(blocks, config.splits)](
-        x, tuple(weights), lora_a, tuple(lora_bs), None if biases is None else tuple(biases),
+        x, tuple(weights), lora_a, tuple(lora_bs), as_tuple(biases), as_tuple(column_scales),
         tuple(ys), partial, arrived, scales, first_columns(ranks), first_columns(n),
         m, n, k, tuple(ranks), sum(n), *x.stride(),
         tuple(weight.stride(0) for weight in weights), weights[0].stride(1),

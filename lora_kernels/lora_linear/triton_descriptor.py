@@ -1,6 +1,6 @@
 """Persistent Triton kernels that load through tensor descriptors (TMA): split forward, and dx.
 
-    y_g[M, N_g] = x[M, K] weight_g[N_g, K]ᵀ + bias_g + S_g[M, R_g] lora_b_g[N_g, R_g]ᵀ
+    y_g[M, N_g] = c_g * (x[M, K] weight_g[N_g, K]ᵀ + S_g[M, R_g] lora_b_g[N_g, R_g]ᵀ) + bias_g
     dx[M, K] = Σ_g dy_g[M, N_g] weight_g[N_g, K] + P[M, R] lora_a[R, K]
 
 What `expand_kernel` and `dx_kernel` compute, for GPUs from sm_90 on. One program per multiprocessor
@@ -29,6 +29,7 @@ from lora_kernels.dispatch import interpreting
 from lora_kernels.lora_linear.tables import TileConfig
 from lora_kernels.lora_linear.triton_common import (
     accumulator_dtype,
+    as_tuple,
     first_columns,
     input_precision,
     launch_options,
@@ -45,7 +46,7 @@ INTERPRETED_PROGRAMS = 3
 
 @triton.jit
 def expand_descriptor_kernel(
-    x, weight_0, weight_1, weight_2, y_0, y_1, y_2, s_ptr, lora_bs, biases, first_r,
+    x, weight_0, weight_1, weight_2, y_0, y_1, y_2, s_ptr, lora_bs, biases, column_scales, first_r,
     M, N, K, R, stride_sm,
     PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,27 +54,27 @@ def expand_descriptor_kernel(
 ):  # fmt: skip
     """The projections one after the other, their tiles dealt out to the programs in one round."""
     dealt = project(
-        0, 0, x, weight_0, y_0, s_ptr, lora_bs, biases, first_r, M, N, K, R, stride_sm,
-        PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, ACC, PRECISION, INT64,
+        0, 0, x, weight_0, y_0, s_ptr, lora_bs, biases, column_scales, first_r, M, N, K, R,
+        stride_sm, PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, ACC, PRECISION, INT64,
     )  # fmt: skip
     if weight_1 is not None:
         dealt = project(
-            dealt, 1, x, weight_1, y_1, s_ptr, lora_bs, biases, first_r, M, N, K, R, stride_sm,
-            PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, ACC, PRECISION, INT64,
+            dealt, 1, x, weight_1, y_1, s_ptr, lora_bs, biases, column_scales, first_r, M, N, K, R,
+            stride_sm, PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, ACC, PRECISION, INT64,
         )  # fmt: skip
     if weight_2 is not None:
         project(
-            dealt, 2, x, weight_2, y_2, s_ptr, lora_bs, biases, first_r, M, N, K, R, stride_sm,
-            PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, ACC, PRECISION, INT64,
+            dealt, 2, x, weight_2, y_2, s_ptr, lora_bs, biases, column_scales, first_r, M, N, K, R,
+            stride_sm, PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, ACC, PRECISION, INT64,
         )  # fmt: skip
 
 
 @triton.jit
 def project(
-    dealt, g: tl.constexpr, x, weight, y, s_ptr, lora_bs, biases, first_r, M, N, K, R, stride_sm,
-    PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    INT64: tl.constexpr,
+    dealt, g: tl.constexpr, x, weight, y, s_ptr, lora_bs, biases, column_scales, first_r,
+    M, N, K, R, stride_sm, PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles of y_g, `dealt` tiles having been dealt out before; returns the sum."""
     row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(N[g], BLOCK_N)
@@ -103,6 +104,9 @@ def project(
                 mask=mask_r[:, None] & mask_n[None, :], other=0.0,
             )  # fmt: skip
             accumulator = tl.dot(s, lora_b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+        if column_scales is not None:
+            scale = tl.load(column_scales[g] + offsets_n, mask=mask_n, other=0.0)
+            accumulator *= scale.to(ACC)[None, :]
         if biases is not None:
             bias = tl.load(biases[g] + offsets_n, mask=mask_n, other=0.0)
             accumulator += bias.to(ACC)[None, :]
@@ -212,6 +216,7 @@ def expand(
     s: Tensor,
     lora_bs: list[Tensor],
     biases: list[Tensor] | None,
+    column_scales: list[Tensor] | None,
     config: TileConfig,
 ) -> list[Tensor] | None:
     """y_g[M, N_g], by one kernel; None where descriptors cannot name the tensors."""
@@ -225,7 +230,8 @@ def expand(
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         **_per_projection("weight", weights, [config.block_n, config.block_k]),
         **_per_projection("y", ys, [config.block_m, config.block_n // 2]),
-        s_ptr=s, lora_bs=tuple(lora_bs), biases=None if biases is None else tuple(biases),
+        s_ptr=s, lora_bs=tuple(lora_bs), biases=as_tuple(biases),
+        column_scales=as_tuple(column_scales),
         first_r=first_columns(ranks), M=m, N=n, K=k, R=ranks, stride_sm=s.stride(0),
         PROGRAMS=programs, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=config.block_r, GROUP_M=config.group_m,

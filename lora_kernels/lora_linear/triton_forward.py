@@ -1,7 +1,7 @@
 """Triton forward of LoRA linear layers that share x, in one pass over x or split in two.
 
     S[M, R] = s_g x_lora[M, K] lora_a[R, K]ᵀ                  s_g of the projection of each column
-    y_g[M, N_g] = x[M, K] weight_g[N_g, K]ᵀ + bias_g + S_g lora_b_g[N_g, R_g]ᵀ
+    y_g[M, N_g] = c_g * (x[M, K] weight_g[N_g, K]ᵀ + S_g lora_b_g[N_g, R_g]ᵀ) + bias_g
 
 One pass: a program accumulates its tile of x weightᵀ and, from the same tile of x, its rows of S;
 after the K loop S is scaled in the accumulator's precision, rounded once to x's dtype and
@@ -14,7 +14,7 @@ rank-R product after its K loop: it then shares the loop's shared memory instead
 stages still fit on sm_90), and any rank is a loop over BLOCK_R.
 
 Shapes, and what is a tuple over projections: `triton_common.py`. lora_a, lora_b, bias, S and y are
-contiguous; x and the weights have any strides.
+contiguous; x and the weights have any strides. c_g[N_g] are DoRA's column scales, 1 without them.
 """
 
 from typing import Any
@@ -29,6 +29,7 @@ from lora_kernels.lora_linear.plan import Plan
 from lora_kernels.lora_linear.tables import PassConfig, TileConfig
 from lora_kernels.lora_linear.triton_common import (
     accumulator_dtype,
+    as_tuple,
     count_blocks,
     dropout_arguments,
     dropout_keep,
@@ -50,7 +51,7 @@ from lora_kernels.lora_linear.triton_decode import decode
 
 @triton.jit
 def one_pass_kernel(
-    x_ptr, weights, lora_a_ptr, lora_bs, biases, ys, s_ptr, scalings, first_r,
+    x_ptr, weights, lora_a_ptr, lora_bs, biases, column_scales, ys, s_ptr, scalings, first_r,
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_sm,
     SCALING_IS_TENSOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -97,6 +98,9 @@ def one_pass_kernel(
         mask=mask_r[:, None] & mask_n[None, :], other=0.0,
     )  # fmt: skip
     accumulator = tl.dot(scaled, lora_b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    if column_scales is not None:
+        scale = tl.load(pick(column_scales, g) + offsets_n, mask=mask_n, other=0.0)
+        accumulator *= scale.to(ACC)[None, :]
     if biases is not None:
         bias = tl.load(pick(biases, g) + offsets_n, mask=mask_n, other=0.0)
         accumulator += bias.to(ACC)[None, :]
@@ -160,7 +164,7 @@ def shrink_kernel(
 
 @triton.jit
 def expand_kernel(
-    x_ptr, weights, s_ptr, lora_bs, biases, ys, first_r,
+    x_ptr, weights, s_ptr, lora_bs, biases, column_scales, ys, first_r,
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_sm,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -204,6 +208,9 @@ def expand_kernel(
             mask=mask_r[:, None] & mask_n[None, :], other=0.0,
         )  # fmt: skip
         accumulator = tl.dot(s, lora_b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    if column_scales is not None:
+        scale = tl.load(pick(column_scales, g) + offsets_n, mask=mask_n, other=0.0)
+        accumulator *= scale.to(ACC)[None, :]
     if biases is not None:
         bias = tl.load(pick(biases, g) + offsets_n, mask=mask_n, other=0.0)
         accumulator += bias.to(ACC)[None, :]
@@ -234,6 +241,7 @@ def one_pass(
     lora_a: Tensor,
     lora_bs: list[Tensor],
     biases: list[Tensor] | None,
+    column_scales: list[Tensor] | None,
     scalings: list[float],
     scaling_tensor: Tensor | None,
     config: TileConfig,
@@ -246,7 +254,7 @@ def one_pass(
     s = x.new_empty(m, sum(ranks)) if save_s else None
     scales = scaling_arguments(scalings, scaling_tensor, x.dtype, x.device)
     one_pass_kernel[_grid(m, n, config)](
-        x, tuple(weights), lora_a, tuple(lora_bs), None if biases is None else tuple(biases),
+        x, tuple(weights), lora_a, tuple(lora_bs), as_tuple(biases), as_tuple(column_scales),
         tuple(ys), s, scales, first_columns(ranks),
         m, n, k, tuple(ranks), *x.stride(),
         tuple(weight.stride(0) for weight in weights), weights[0].stride(1), sum(ranks),
@@ -306,18 +314,19 @@ def expand(
     s: Tensor,
     lora_bs: list[Tensor],
     biases: list[Tensor] | None,
+    column_scales: list[Tensor] | None,
     config: TileConfig,
 ) -> list[Tensor]:
     """y_g[M, N_g] = x weight_gᵀ + bias_g + S_g lora_b_gᵀ, by one kernel."""
     if config.descriptors:
-        described = triton_descriptor.expand(x, weights, s, lora_bs, biases, config)
+        described = triton_descriptor.expand(x, weights, s, lora_bs, biases, column_scales, config)
         if described is not None:
             return described
     (m, k), n = x.shape, tuple(weight.shape[0] for weight in weights)
     ranks = [lora_b.shape[1] for lora_b in lora_bs]
     ys = [x.new_empty(m, size) for size in n]
     expand_kernel[_grid(m, n, config)](
-        x, tuple(weights), s, tuple(lora_bs), None if biases is None else tuple(biases),
+        x, tuple(weights), s, tuple(lora_bs), as_tuple(biases), as_tuple(column_scales),
         tuple(ys), first_columns(ranks),
         m, n, k, tuple(ranks), *x.stride(),
         tuple(weight.stride(0) for weight in weights), weights[0].stride(1), s.stride(0),
@@ -335,6 +344,7 @@ def forward(
     lora_a: Tensor,
     lora_bs: list[Tensor],
     biases: list[Tensor] | None,
+    column_scales: list[Tensor] | None,
     scalings: list[float],
     scaling_tensor: Tensor | None,
     dropout: Dropout | None,
@@ -350,18 +360,37 @@ def forward(
     # One launch takes one stride along k.
     together = len({weight.stride(1) for weight in weights}) == 1
     if plan.decode is not None and together and not save_s:
-        ys = decode(x, weights, lora_a, lora_bs, biases, scalings, scaling_tensor, plan.decode)
+        ys = decode(
+            x,
+            weights,
+            lora_a,
+            lora_bs,
+            biases,
+            column_scales,
+            scalings,
+            scaling_tensor,
+            plan.decode,
+        )
         return ys, None
     if plan.method == "one_pass" and together:
         return one_pass(
-            x, weights, lora_a, lora_bs, biases, scalings, scaling_tensor, plan.forward, save_s
-        )
+            x, weights, lora_a, lora_bs, biases, column_scales, scalings, scaling_tensor,
+            plan.forward, save_s,
+        )  # fmt: skip
     s = shrink(x, lora_a, ranks, scalings, scaling_tensor, plan.shrink, dropout)
     if together:
-        ys = expand(x, weights, s, lora_bs, biases, plan.forward)
+        ys = expand(x, weights, s, lora_bs, biases, column_scales, plan.forward)
     else:
         ys = [
-            expand(x, [weight], s_g, [lora_b], biases and [biases[g]], plan.forward)[0]
+            expand(
+                x,
+                [weight],
+                s_g,
+                [lora_b],
+                biases and [biases[g]],
+                column_scales and [column_scales[g]],
+                plan.forward,
+            )[0]
             for g, (weight, s_g, lora_b) in enumerate(
                 zip(weights, s.split(ranks, dim=1), lora_bs, strict=True)
             )

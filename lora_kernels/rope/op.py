@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch import requested, resolve
+from lora_kernels.dispatch import calls_directly, requested, resolve
 from lora_kernels.rope import eager, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,8 +33,7 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("lora_kernels::rope", mutates_args=())
-def _rope(
+def _rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transpose: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     # "auto" can choose differently for each dtype; eager takes them all.
@@ -53,6 +52,9 @@ def _rope(
     return q_out, k_out
 
 
+_rope = torch.library.custom_op("lora_kernels::rope", _rotate, mutates_args=())
+
+
 @_rope.register_fake
 def _(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transpose: bool, impl: str
@@ -66,22 +68,40 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+def _rotate_back(dq: Tensor, dk: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    # A graph of the gradients (create_graph) is the custom op's alone.
+    direct = calls_directly(dq, dk, *arguments[:2]) and not torch.is_grad_enabled()
+    return (_rotate if direct else _rope)(dq, dk, *arguments)
+
+
 def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
     cos, sin = ctx.saved_tensors
     dq = dq if ctx.needs_input_grad[0] else None
     dk = dk if ctx.needs_input_grad[1] else None
     # A gradient that is absent or not wanted goes in as a tensor without heads.
     if dq is not None:
-        dq, dk_out = _rope(
+        dq, dk_out = _rotate_back(
             dq, dq[:, :0] if dk is None else dk, cos, sin, not ctx.transpose, ctx.impl
         )
         dk = None if dk is None else dk_out
     elif dk is not None:
-        _, dk = _rope(dk[:, :0], dk, cos, sin, not ctx.transpose, ctx.impl)
+        _, dk = _rotate_back(dk[:, :0], dk, cos, sin, not ctx.transpose, ctx.impl)
     return dq, dk, None, None, None, None
 
 
 _rope.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The custom op with its autograd, without torch.library."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        outputs = _rotate(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> None:
@@ -158,7 +178,8 @@ def apply_rotary_pos_emb(
     if impl == "reference":
         q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
     else:
-        q, k = _rope(q, k, cos, sin, False, impl)
+        run = _Direct.apply if calls_directly(q, k, cos, sin) else _rope
+        q, k = run(q, k, cos, sin, False, impl)
     if unsqueeze_dim == 2:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     return q, k

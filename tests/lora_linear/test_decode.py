@@ -57,7 +57,7 @@ def test_any_number_of_splits(splits, k, device):
     t = testing.lora_linear_inputs(5, 53, k, 5, dtype, device)
     config = DecodeConfig(32, 16, 16, splits, 1 if interpreting() else 4, 1)
     (y,) = decode(
-        t["x"], [t["weight"]], t["lora_a"], [t["lora_b"]], [t["bias"]], [0.75], None, config
+        t["x"], [t["weight"]], t["lora_a"], [t["lora_b"]], [t["bias"]], None, [0.75], None, config
     )
     expected = reference.lora_linear(*(t[n].double() for n in NAMES), 0.75, t["bias"].double())
     tolerance = 1e-12 if interpreting() else 1e-5

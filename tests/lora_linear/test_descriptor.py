@@ -36,12 +36,15 @@ def draw(m, n, k, r, dtype, device, seed=0):
     def normal(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
+    accumulator = torch.promote_types(dtype, torch.float32)
     return {
         "x": normal(m, k),
         "weights": [normal(size, k, scale=k**-0.5) for size in n],
         "s": normal(m, sum(r)),
         "lora_bs": [normal(size, rank, scale=rank**-0.5) for size, rank in zip(n, r, strict=True)],
         "biases": [normal(size) for size in n],
+        # Of the accumulator's dtype, as the scales of a layer are.
+        "scales": [(1 + 0.25 * normal(size)).to(accumulator) for size in n],
         "dys": [normal(m, size) for size in n],
         "p": normal(m, sum(r)),
         "lora_a": normal(sum(r), k, scale=k**-0.5),
@@ -51,7 +54,13 @@ def draw(m, n, k, r, dtype, device, seed=0):
 
 def expand(t, config, bias=True):
     return triton_forward.expand(
-        t["x"], t["weights"], t["s"], t["lora_bs"], t["biases"] if bias else None, config
+        t["x"],
+        t["weights"],
+        t["s"],
+        t["lora_bs"],
+        t["biases"] if bias else None,
+        t["scales"] if bias else None,
+        config,
     )
 
 
@@ -63,8 +72,10 @@ def expected(t):
     """y_g and dx in plain torch, in the dtype of the tensors."""
     parts = t["s"].split(t["ranks"], 1)
     ys = [
-        t["x"] @ weight.t() + bias + s @ b.t()
-        for weight, bias, s, b in zip(t["weights"], t["biases"], parts, t["lora_bs"], strict=True)
+        ((t["x"] @ weight.t() + s @ b.t()) * scale.to(s.dtype)) + bias
+        for weight, bias, scale, s, b in zip(
+            t["weights"], t["biases"], t["scales"], parts, t["lora_bs"], strict=True
+        )
     ]
     products = [dy @ weight for dy, weight in zip(t["dys"], t["weights"], strict=True)]
     return [*ys, torch.stack([*products, t["p"] @ t["lora_a"]]).sum(0)]

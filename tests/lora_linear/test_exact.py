@@ -88,7 +88,7 @@ def test_descriptors_of_a_group(device):
     s = torch.cat([x @ a.t() * c for a, c in zip(lora_as, scalings, strict=True)], dim=1)
     p = torch.cat([d @ b * c for d, b, c in zip(dys, lora_bs, scalings, strict=True)], dim=1)
     config = TileConfig(16, 32, 16, 16, 4, 2, group_m=2, descriptors=True)
-    ys = triton_descriptor.expand(x, weights, s, lora_bs, biases, config)
+    ys = triton_descriptor.expand(x, weights, s, lora_bs, biases, None, config)
     dx = triton_descriptor.dx(dys, weights, p, torch.cat(lora_as), config)
     assert ys is not None and dx is not None
     expected = [reference.lora_linear(x, *entry) for entry in entries]

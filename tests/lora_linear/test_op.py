@@ -163,13 +163,13 @@ def test_opcheck(impl, count, options, device):
     p = 0.0 if seeds is None else 0.25
     scalings = [0.5] * count
     sample = (
-        x.requires_grad_(), weights, lora_as, lora_bs, biases, scalings, scaling, seeds, p, impl
+        x.requires_grad_(), weights, lora_as, lora_bs, biases, [], scalings, scaling, seeds, p, impl
     )  # fmt: skip
     torch.library.opcheck(op._forward_op, (*sample, True))
     ys, s = op._forward_op(*sample, True)
     a, b = ([t.detach() for t in tensors] for tensors in (lora_as, lora_bs))
     saved = ([y.detach() for y in ys], x.detach(), weights, a, b, s.detach(), scalings, scaling)
-    torch.library.opcheck(op._backward_op, (*saved, seeds, p, impl, [True, True, False, True]))
+    torch.library.opcheck(op._gradients_op, (*saved, seeds, p, impl, [True, True, False, True]))
 
 
 @pytest.mark.parametrize("impl", [KERNEL, "eager", "auto"])
