@@ -1,4 +1,4 @@
-"""`lora-llama`: finetune, generate, verify, merge, demo.
+"""`lora-llama`: finetune, generate, verify, merge, estimate, demo.
 
 Each command's options are the parameters of one function or dataclass; `--config FILE.yaml` takes
 the same names, and the command line wins over it.
@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from lora_kernels.adapter_files import load_adapter
 from lora_llama.checkpoint_files import one_line
 from lora_llama.demo import run_demo
+from lora_llama.estimate import estimate
 from lora_llama.generation import generate_answers
 from lora_llama.gradients import GradientError, gradient_table
 from lora_llama.loading import (
@@ -251,7 +252,7 @@ def _parser() -> Any:
         return sub
 
     command("finetune", "Fine-tune a Llama on a JSONL file.").add_class_arguments(FinetuneOptions)
-    for function in (generate, verify, merge, demo):
+    for function in (generate, verify, merge, estimate, demo):
         description = (function.__doc__ or "").partition("\n")[0]
         command(function.__name__, description).add_function_arguments(function)
     return parser
@@ -305,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = {key: value for key, value in chosen[name].as_dict().items() if key != "config"}
         commands: dict[str, Callable[..., None]] = {
             "finetune": _finetune, "generate": generate, "verify": verify, "merge": merge,
-            "demo": demo,
+            "estimate": estimate, "demo": demo,
         }  # fmt: skip
         commands[name](**options)
     except argparse.ArgumentError as error:
