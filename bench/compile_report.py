@@ -82,8 +82,8 @@ TENSOR_MEMORY = 512
 
 CUDA_MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
 OPERATIONS = (
-    "lora_linear.compile_cases", "rope.triton_kernel", "rms_norm.triton_kernel",
-    "swiglu.triton_kernel", "linear_cross_entropy.triton_kernel",
+    "lora_linear.compile_cases", "lora_linear_mixed.compile_cases", "rope.triton_kernel",
+    "rms_norm.triton_kernel", "swiglu.triton_kernel", "linear_cross_entropy.triton_kernel",
 )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def all_cases(arch: str) -> list:
     cases = []
     for name in OPERATIONS:
         module = import_module(f"lora_kernels.{name}")
-        of_arch = (arch,) if name.startswith("lora_linear.") else ()
+        of_arch = (arch,) if name.startswith("lora_linear") else ()
         cases += module.compile_cases(*of_arch)
     return cases
 

@@ -3,6 +3,7 @@
     adapter_config.json            LoraConfig.to_dict()
     adapter_model.safetensors      base_model.model.<module>.lora_A.weight   [r, in]
                                    base_model.model.<module>.lora_B.weight   [out, r]
+                                   and what the config asks for beside them (`adapter_state.py`)
 
 Nothing else is read, nothing is executed, and no file outside the adapter's directory is opened.
 What cannot be right is an error that names the file and the keys; no tensor is skipped.
@@ -25,6 +26,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,13 @@ from safetensors.torch import save as serialize
 
 from lora_kernels.config import LoraConfig, validate_adapter_name
 
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 
 _KEY_PREFIX = "base_model.model."
-_SUFFIX_A = ".lora_A.weight"
-_SUFFIX_B = ".lora_B.weight"
+_MARKS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_CONFIG_DEPTH = 32
@@ -64,7 +67,8 @@ def save_adapter(
         directory: created if missing; an adapter in it is replaced.
         config: the adapter's config.
         tensors: "<module>.lora_A.weight" [r, in] and "<module>.lora_B.weight" [out, r], float16,
-            bfloat16, float32 or float64 on any device; written contiguous, in their own dtype.
+            bfloat16, float32 or float64 on any device, and the others that `adapter_state.py`
+            names; written contiguous, in their own dtype.
 
     Raises:
         ValueError: the tensors are not an adapter of this config, as in `load_adapter`.
@@ -105,14 +109,15 @@ def load_adapter(directory: str | os.PathLike[str]) -> tuple[LoraConfig, dict[st
     slow, though no more than that.
 
     Returns:
-        The config, and CPU tensors "<module>.lora_A.weight" [r, in] and "<module>.lora_B.weight"
-        [out, r] in the dtypes of the file.
+        The config, and CPU tensors "<module>.lora_A.weight" [r, in], "<module>.lora_B.weight" [out,
+        r] and what else is there, in the dtypes of the file.
 
     Raises:
         FileNotFoundError: the directory or one of its two files is missing.
         ValueError: a file is not a regular file inside the directory; the config is not JSON, not
-            LoRA, or not supported; the tensors are corrupt, or not exactly a finite, floating
-            A and B of the config's rank for every module. The message names the file and keys.
+            LoRA, or not supported; the tensors are corrupt, not finite, or not exactly an A and B
+            of the config's rank for every module with what the config asks for. The message names
+            the file and keys.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -259,44 +264,80 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             keys = list(file.keys())
-            _check_keys(str(path), keys, _KEY_PREFIX)
+            _check_prefix(str(path), keys)
             # Cloned, because what safetensors returns is a view of the file and changes with it.
             return {key.removeprefix(_KEY_PREFIX): file.get_tensor(key).clone() for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a valid safetensors file: {error}") from error
 
 
-def _check_keys(source: str, keys: list[str], prefix: str = "") -> None:
-    unexpected = [
-        key
-        for key in keys
-        if not key.startswith(prefix) or not key.endswith((_SUFFIX_A, _SUFFIX_B))
-    ]
+def _check_prefix(source: str, keys: list[str]) -> None:
+    unexpected = [key for key in keys if not key.startswith(_KEY_PREFIX)]
     if unexpected:
-        raise ValueError(
-            f"{source}: expected keys {prefix}<module>{_SUFFIX_A} and {_SUFFIX_B} only (no DoRA, "
-            f"no embeddings, no modules_to_save), got {unexpected}"
-        )
-    if not keys:
-        raise ValueError(f"{source}: expected LoRA tensors, got none")
+        raise ValueError(f"{source}: expected keys {_KEY_PREFIX}<name>, got {unexpected}")
 
 
 def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    _check_keys(source, list(tensors))
+    modules = dict.fromkeys(
+        key.removesuffix(mark) for key in tensors for mark in _MARKS if key.endswith(mark)
+    )
+    expected = {
+        f"{module}{mark}": module
+        for module in modules
+        for mark, wanted in zip(
+            _MARKS, (True, True, config.lora_bias, config.use_dora), strict=True
+        )
+        if wanted
+    }
+    unexpected = [key for key in tensors if key not in expected and not _belongs(key, config)]
+    if unexpected:
+        raise ValueError(
+            f"{source}: expected keys <module>.lora_A.weight and .lora_B.weight, and others where "
+            f"the config has bias, lora_bias, use_dora or modules_to_save, got {unexpected}"
+        )
+    if not modules:
+        raise ValueError(f"{source}: expected LoRA tensors, got none")
     faults = []
+    for key, module in expected.items():
+        if key not in tensors:
+            beside = next(f"{module}{mark}" for mark in _MARKS if f"{module}{mark}" in tensors)
+            faults.append(f"{beside}: expected {key} beside it, got none")
     for key, tensor in tensors.items():
-        is_a = key.endswith(_SUFFIX_A)
-        module = key.removesuffix(_SUFFIX_A if is_a else _SUFFIX_B)
-        partner = module + (_SUFFIX_B if is_a else _SUFFIX_A)
-        if partner not in tensors:
-            faults.append(f"{key}: expected {partner} beside it, got none")
-        if tensor.dtype not in _DTYPES:
+        floating = tensor.dtype in _DTYPES
+        if key in expected and (fault := _shape_fault(key, expected[key], config, tensors)):
+            faults.append(f"{key}: {fault}")
+        elif not floating and (key in expected or tensor.is_floating_point()):
             faults.append(f"{key}: expected a float of 16, 32 or 64 bits, got {tensor.dtype}")
-        elif tensor.dim() != 2 or tensor.numel() == 0:
-            faults.append(f"{key}: expected a non-empty matrix, got shape {list(tensor.shape)}")
-        elif (rank := tensor.shape[0 if is_a else 1]) != (expected := config.rank_for(module)):
-            faults.append(f"{key}: expected rank {expected}, got {rank} ({list(tensor.shape)})")
-        elif not torch.isfinite(tensor).all():
+        elif floating and not torch.isfinite(tensor).all():
             faults.append(f"{key}: expected finite values, got NaN or infinity")
     if faults:
         raise ValueError(f"{source}: " + "; ".join(faults))
+
+
+def _shape_fault(
+    key: str, module: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+) -> str | None:
+    """What is wrong with the shape of one of a layer's own tensors."""
+    shape = list(tensors[key].shape)
+    is_a = key.endswith(".lora_A.weight")
+    if not is_a and not key.endswith(".lora_B.weight"):
+        lora_b = tensors.get(f"{module}.lora_B.weight")
+        if lora_b is not None and lora_b.dim() == 2 and shape != [lora_b.shape[0]]:
+            return f"expected shape {[lora_b.shape[0]]}, got {shape}"
+        return None
+    if len(shape) != 2 or 0 in shape:
+        return f"expected a non-empty matrix, got shape {shape}"
+    rank, expected = shape[0 if is_a else 1], config.rank_for(module)
+    return None if rank == expected else f"expected rank {expected}, got {rank} ({shape})"
+
+
+def _belongs(key: str, config: LoraConfig) -> bool:
+    """Whether the config asks for a tensor that is not a layer's own; a model decides for sure."""
+    module, _, name = key.rpartition(".")
+    if config.bias != "none" and name == "bias":
+        return True
+    if module.removesuffix(".base_layer") != module and name in ("weight", "bias"):
+        # PEFT adds the base weight of a targeted embedding or head.
+        return module.removesuffix(".base_layer").rpartition(".")[2] in EMBEDDING_NAMES
+    parents = accumulate(module.split("."), "{}.{}".format)
+    return any(parent.endswith(tuple(config.modules_to_save or ())) for parent in parents)

@@ -5,62 +5,74 @@ before it changes anything: after an error the model is as it was.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapter_files import adapter_directory, load_adapter, save_adapter
-from lora_kernels.config import LoraConfig, match_target_modules, validate_adapter_name
-from lora_kernels.layers import (
-    LoraLinear,
-    active_adapters,
-    inject_lora,
-    lora_layers,
-    replace_modules,
+from lora_kernels.adapter_state import (
+    adapter_configs,
+    adapter_state_dict,
+    check_fit,
+    check_known,
+    copy_adapter,
 )
-
-
-def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """The model's adapters: config by name."""
-    return getattr(model, "lora_configs", {})
-
-
-def _check_known(model: nn.Module, names: Sequence[str]) -> None:
-    known = adapter_configs(model)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"adapter_name: {unknown} not found; the model has {list(known)}")
+from lora_kernels.config import validate_adapter_name
+from lora_kernels.injection import (
+    inject_lora,
+    is_adapter_parameter,
+    refuse_shared_weights,
+    replace_modules,
+    set_trainable_biases,
+)
+from lora_kernels.layers import LoraLinear, active_adapters, lora_layers
+from lora_kernels.saved_modules import ModulesToSave, check_one_copy, saved_modules
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Makes these adapters, and no others, active in every layer that has them.
 
+    What is active trains, unless inference_mode: the adapter, its modules_to_save, its biases.
+
     Raises:
-        ValueError: a name is unknown or repeated.
+        ValueError: a name is unknown or repeated, or two of them have a copy of one module.
     """
     wanted = [names] if isinstance(names, str) else list(names)
-    _check_known(model, wanted)
+    check_known(model, wanted)
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"adapter_name: expected each name once, got {wanted}")
+    check_one_copy(dict(saved_modules(model)), wanted)
     for _, layer in lora_layers(model):
         layer.set_adapter([name for name in wanted if name in layer.lora_A], inference_mode)
+    for _, module in saved_modules(model):
+        module.set_adapter(wanted, inference_mode)
+    set_trainable_biases(model, [] if inference_mode else wanted)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Removes an adapter from every layer; the oldest left becomes active where none is.
 
+    The base stays as the adapter has left it: trained biases, and the residual of PiSSA and OLoRA.
+
     Raises:
         ValueError: the name is unknown, or the adapter is merged.
     """
-    _check_known(model, [name])
+    check_known(model, [name])
     layers = [layer for _, layer in lora_layers(model) if name in layer.lora_A]
     if any(name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter_name: {name!r} is merged; unmerge before deleting it")
     active = active_adapters(model)
     for layer in layers:
         layer.delete_adapter(name)
+    for _, module in list(saved_modules(model)):
+        if name in module.modules_to_save:
+            module.delete_adapter(name)
+            if not module.modules_to_save:
+                replace_modules(model, {module: module.original_module})
+    if adapter_configs(model)[name].bias != "none":
+        set_trainable_biases(model, [])
     configs = {key: value for key, value in adapter_configs(model).items() if key != name}
     model.lora_configs = configs  # type: ignore[assignment]
     if name in active:
@@ -70,15 +82,43 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """While it is open, every layer computes its base alone. A merged layer is unmerged first."""
-    before = [(layer, layer.disabled) for _, layer in lora_layers(model)]
+    """While it is open, every layer computes its base alone. A merged layer is unmerged first.
+
+    Biases that an adapter has trained are the base's own and stay, with a warning as PEFT's.
+    """
+    before: list[tuple[nn.Module, bool]] = [
+        *((layer, layer.disabled) for _, layer in lora_layers(model)),
+        *((module, module.disabled) for _, module in saved_modules(model)),
+    ]
     try:
-        for layer, _ in before:
-            layer.enable_adapters(False)
+        enable_adapters(model, False)
         yield
     finally:
-        for layer, disabled in before:
-            layer.enable_adapters(not disabled)
+        for module, disabled in before:
+            _enable(module, not disabled)
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """Switches all adapters on or off; a merged layer is unmerged before it is switched off."""
+    active = active_adapters(model)
+    trained = [name for name in active if adapter_configs(model)[name].bias != "none"]
+    if trained and not enabled:
+        warnings.warn(
+            f"the biases that adapter {trained[0]!r} has trained (bias="
+            f"{adapter_configs(model)[trained[0]].bias!r}) stay in the base model",
+            stacklevel=2,
+        )
+    for _, layer in lora_layers(model):
+        _enable(layer, enabled)
+    for _, module in saved_modules(model):
+        _enable(module, enabled)
+
+
+def _enable(module: nn.Module, enabled: bool) -> None:
+    if isinstance(module, LoraLinear):
+        module.enable_adapters(enabled)
+    elif isinstance(module, ModulesToSave):
+        module.disabled = not enabled
 
 
 def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
@@ -86,16 +126,16 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
 
     Raises:
         ValueError: a name is unknown, a layer is merged already or disabled, a merged weight has
-            NaN or Inf, or a weight to merge into is shared with another module. No layer is then
-            merged.
+            NaN or Inf, a weight to merge into is shared with another module, or an adapter has
+            lora_bias where a layer has no bias. No layer is then merged.
     """
     wanted = None if names is None else [names] if isinstance(names, str) else list(names)
-    _check_known(model, wanted or [])
+    check_known(model, wanted or [])
     chosen = {
         path: layer.active_adapters if wanted is None else [n for n in wanted if n in layer.lora_A]
         for path, layer in lora_layers(model)
     }
-    _refuse_shared_weights(model, [path for path, adapters in chosen.items() if adapters])
+    refuse_shared_weights(model, [path for path, adapters in chosen.items() if adapters], "merging")
     done: list[LoraLinear] = []
     for path, layer in lora_layers(model):
         try:
@@ -109,19 +149,6 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
         done.append(layer)
 
 
-def _refuse_shared_weights(model: nn.Module, paths: Sequence[str]) -> None:
-    weights = {path: module._parameters.get("weight") for path, module in model.named_modules()}
-    owners: dict[int, list[str]] = {}
-    for path, weight in weights.items():
-        owners.setdefault(id(weight), []).append(path)
-    for path in paths:
-        sharing = owners[id(weights[path])]
-        if len(sharing) > 1:
-            raise ValueError(
-                f"{path}: its weight is shared by {sharing}; merging would change them all"
-            )
-
-
 def unmerge_adapter(model: nn.Module) -> None:
     """Restores every merged weight, bit by bit."""
     for _, layer in lora_layers(model):
@@ -129,34 +156,37 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def unload(model: nn.Module) -> None:
-    """Turns every LoraLinear back into an `nn.Linear` over its weight as it is now.
+    """Turns every LoraLinear back into an `nn.Linear` (or Conv1D) over its weight as it is now.
 
-    Merge first to keep the adapters' effect.
+    Merge first to keep the adapters' effect. Of a module with copies the active adapter's remains.
     """
     replacements: dict[nn.Module, nn.Module] = {}
     for _, layer in lora_layers(model):
-        linear = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-        )
-        linear.weight, linear.bias = layer.weight, layer.bias
-        replacements[layer] = linear.train(layer.training)
+        replacements[layer] = layer.to_linear()
+    for _, module in saved_modules(model):
+        kept = module.current()
+        replacements[module] = replacements.get(kept, kept)
     replace_modules(model, replacements)
     model.lora_configs = {}  # type: ignore[assignment]
 
 
-def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors by PEFT's key without its prefix: "<path>.lora_A.weight" [R, in].
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the model without adapters, as `unload` would leave it; nothing is copied.
 
-    Raises:
-        ValueError: the name is unknown.
+    The names are those of the base model; of a module with copies it is the one that computes now.
     """
-    _check_known(model, [name])
-    tensors = {}
-    for path, layer in lora_layers(model):
-        if name in layer.lora_A:
-            tensors[f"{path}.lora_A.weight"] = layer.lora_A[name].detach()
-            tensors[f"{path}.lora_B.weight"] = layer.lora_B[name].detach()
-    return tensors
+    modules = dict(saved_modules(model))
+    current = {}
+    for path, module in modules.items():
+        state = module.current().state_dict(keep_vars=True)
+        current.update({f"{path}.{key}": tensor for key, tensor in state.items()})
+    inside = tuple(f"{path}." for path in modules)
+    state = {
+        key: tensor
+        for key, tensor in {**model.state_dict(keep_vars=True), **current}.items()
+        if key in current or not key.startswith(inside)
+    }
+    return {key: tensor for key, tensor in state.items() if not is_adapter_parameter(key)}
 
 
 def save_adapters(
@@ -169,7 +199,7 @@ def save_adapters(
         OSError: the files cannot be written; an older adapter there is then intact.
     """
     selected = list(adapter_configs(model)) if names is None else list(names)
-    _check_known(model, selected)
+    check_known(model, selected)
     if not selected:
         raise ValueError("names: expected at least one adapter, the model has none")
     for name in selected:
@@ -206,39 +236,5 @@ def load_adapter_into(
     check_fit(model, config, tensors, str(directory))
     inject_lora(model, config, adapter_name, autocast_adapter_dtype)
     copy_adapter(model, adapter_name, tensors)
-    if not is_trainable:
-        for _, layer in lora_layers(model):
-            if adapter_name in layer.lora_A:
-                layer.lora_A[adapter_name].requires_grad_(False)
-                layer.lora_B[adapter_name].requires_grad_(False)
-
-
-def check_fit(
-    model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], source: str
-) -> None:
-    """Raises ValueError naming every key that is missing, unexpected or of another shape."""
-    modules = dict(model.named_modules())
-    expected: dict[str, tuple[int, int]] = {}
-    for path in match_target_modules(model, config):
-        module = modules[path]
-        assert isinstance(module, nn.Linear)
-        r = config.rank_for(path)
-        expected[f"{path}.lora_A.weight"] = (r, module.in_features)
-        expected[f"{path}.lora_B.weight"] = (module.out_features, r)
-    faults = [f"missing {key}" for key in expected if key not in tensors]
-    for key, tensor in tensors.items():
-        if key not in expected:
-            faults.append(f"unexpected {key}: no such layer is targeted in this model")
-        elif tuple(tensor.shape) != expected[key]:
-            faults.append(f"{key}: expected shape {expected[key]}, got {tuple(tensor.shape)}")
-    if faults:
-        raise ValueError(f"{source}: the adapter does not fit the model: " + "; ".join(faults))
-
-
-def copy_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copies checked tensors into an adapter that the model has, in the adapter's dtype."""
-    with torch.no_grad():
-        for path, layer in lora_layers(model):
-            if name in layer.lora_A:
-                layer.lora_A[name].copy_(tensors[f"{path}.lora_A.weight"])
-                layer.lora_B[name].copy_(tensors[f"{path}.lora_B.weight"])
+    if not is_trainable and adapter_name in active_adapters(model):
+        set_adapter(model, adapter_name, inference_mode=True)

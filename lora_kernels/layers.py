@@ -1,39 +1,48 @@
-"""LoRA layers: a linear layer with named adapters, projections of one input, and their injection.
+"""LoRA layers: a linear layer with named adapters, and the projections of one input.
 
-    y = x weightᵀ + bias + Σ_active s_i (dropout_i(x) lora_A_iᵀ) lora_B_iᵀ
+    y = x weightᵀ + bias + Σ_active s_i ((dropout_i(x) lora_A_iᵀ) lora_B_iᵀ + lora_bias_i)
 
 `LoraLinear` is an `nn.Linear` whose `weight` and `bias` keep their names, so checkpoints load
-unchanged; an adapter adds `lora_A.<name>` [R, in] and `lora_B.<name>` [out, R]. Semantics are
-PEFT's (peft/tuners/lora/layer.py): scaling, initialisation, dropout on the low-rank branch alone,
-float32 adapters over a 16-bit base, active adapters summed, disabled or merged = base.
+unchanged; an adapter adds `lora_A.<name>` [R, in] and `lora_B.<name>` [out, R], with lora_bias
+`lora_bias.<name>` [out] and with DoRA `lora_magnitude_vector.<name>` [out]. Semantics are PEFT's
+(peft/tuners/lora/layer.py): scaling, initialisation, dropout on the low-rank branch alone, float32
+adapters over a 16-bit base, active adapters summed, disabled or merged = base.
 """
 
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.config import LoraConfig, match_target_modules, validate_adapter_name
+from lora_kernels.config import LoraConfig, validate_adapter_name
+from lora_kernels.init_weights import check_initialisation, initialise, initialise_bias
+from lora_kernels.lora_linear.dora import weight_norm
 from lora_kernels.lora_linear.op import Projection, lora_linear, lora_linear_grouped
+from lora_kernels.merging import merged_weight_and_bias
+from lora_kernels.successive import add_successive
+from lora_kernels.targets import is_conv1d, linear_shape
 
-Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    from lora_kernels.mixed_batch import MixedBatch
 
 
 class LoraLinear(nn.Linear):
     """`nn.Linear` with any number of LoRA adapters, of which some are active.
 
-    Shapes: x[..., in_features] -> y[..., out_features]; weight [out, in]; bias [out];
-    lora_A[name] [R, in]; lora_B[name] [out, R].
+    Shapes: x[..., in_features] -> y[..., out_features]; weight [out, in], or [in, out] in place of
+    transformers' Conv1D; bias [out]; lora_A[name] [R, in]; lora_B[name] [out, R]; lora_bias[name]
+    and lora_magnitude_vector[name] [out].
 
     Attributes:
         active_adapters: the names summed onto the base, in order.
         scaling: alpha/R, or alpha/sqrt(R) with rsLoRA, by adapter name.
         merged_adapters: the names that are merged into `weight` now.
         disabled: True while the layer is to compute the base alone.
+        fan_in_fan_out: whether weight is [in, out].
+        mixed: while a batch is computed whose rows use different adapters, that batch.
     """
 
     def __init__(
@@ -47,37 +56,71 @@ class LoraLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_bias = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disabled = False
+        self.fan_in_fan_out = False
+        self.mixed: MixedBatch | None = None
+        self._replaced: type[nn.Module] = nn.Linear
         self._init_modes: dict[str, bool | str] = {}
         self._unmerged_weight: Tensor | None = None
+        self._unmerged_bias: Tensor | None = None
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, config: LoraConfig | None = None, adapter_name: str = "default"
+        cls, linear: nn.Module, config: LoraConfig | None = None, adapter_name: str = "default"
     ) -> "LoraLinear":
         """A LoraLinear that takes over `linear`'s own weight and bias; nothing is copied.
 
         Args:
-            linear: exactly an `nn.Linear`: quantised subclasses store another kind of weight.
+            linear: exactly an `nn.Linear` (quantised subclasses store another kind of weight) or
+                transformers' Conv1D.
             config: the first adapter's; without one the layer has no adapter yet.
 
         Raises:
-            TypeError: linear is not exactly an nn.Linear.
+            TypeError: linear is neither.
             ValueError: linear has hooks or a forward of its own, which the new layer would lose.
         """
-        _check_replaceable("linear", linear)
-        has_bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta")
-        layer.weight = linear.weight
-        layer.bias = linear.bias
+        check_replaceable("linear", linear)
+        out_features, in_features = linear_shape(linear)
+        layer = cls(in_features, out_features, linear.bias is not None, device="meta")
+        layer.weight = linear.weight  # type: ignore[assignment]
+        layer.bias = linear.bias  # type: ignore[assignment]
+        layer.fan_in_fan_out = is_conv1d(linear)
+        layer._replaced = type(linear)
         layer.train(linear.training)
         if config is not None:
             layer.add_adapter(adapter_name, config)
         return layer
+
+    def to_linear(self) -> nn.Module:
+        """A layer of the replaced class, without adapters, over weight and bias as they are now."""
+        with torch.device("meta"):
+            if self.fan_in_fan_out:
+                linear = self._replaced(self.out_features, self.in_features)
+            else:
+                linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    @property
+    def weight_by_rows(self) -> Tensor:
+        """The weight [out, in], whichever way it is stored."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by PEFT's key behind the layer's path; empty: no such adapter."""
+        kinds = {
+            "lora_A.weight": self.lora_A,
+            "lora_B.weight": self.lora_B,
+            "lora_B.bias": self.lora_bias,
+            "lora_magnitude_vector": self.lora_magnitude_vector,
+        }
+        return {key: parameters[name] for key, parameters in kinds.items() if name in parameters}
 
     def add_adapter(
         self,
@@ -88,17 +131,22 @@ class LoraLinear(nn.Linear):
     ) -> None:
         """Adds an adapter and freezes the base; the first adapter becomes active.
 
+        With "pissa" or "olora" the weight changes by what the adapter takes over.
+
         Args:
             module_name: this layer's path in its model, for rank_pattern and alpha_pattern.
             autocast_adapter_dtype: keep the adapter in float32 over a float16 or bfloat16 base.
 
         Raises:
-            ValueError: the name is taken or unusable.
+            ValueError: the name is taken or unusable, or the rank does not suit the initialisation.
+            TypeError: the weight's dtype does not.
         """
         validate_adapter_name(name)
         if name in self.lora_A:
             raise ValueError(f"adapter_name: {name!r} exists already in this layer")
         r = config.rank_for(module_name)
+        mode, shape = config.init_lora_weights, (self.out_features, self.in_features)
+        check_initialisation(mode, shape, r, self.weight.dtype, module_name or "this layer")
         dtype = self.weight.dtype
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
@@ -109,6 +157,13 @@ class LoraLinear(nn.Linear):
         lora_a = torch.empty(r, self.in_features, dtype=dtype, device=device)
         lora_b = torch.empty(self.out_features, r, dtype=dtype, device=device)
         self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_a), nn.Parameter(lora_b)
+        for wanted, parameters in (
+            (config.lora_bias, self.lora_bias),
+            (config.use_dora, self.lora_magnitude_vector),
+        ):
+            if wanted:
+                vector = torch.empty(self.out_features, dtype=dtype, device=device)
+                parameters[name] = nn.Parameter(vector)
         self.scaling[name] = config.scaling_for(module_name)
         self.lora_dropout[name] = config.lora_dropout
         self._init_modes[name] = config.init_lora_weights
@@ -119,17 +174,20 @@ class LoraLinear(nn.Linear):
             self._require_grad(name, False)
 
     def reset_adapter_parameters(self, name: str) -> None:
-        """Initialises an adapter as its config's `init_lora_weights` says (PEFT's three modes)."""
-        lora_a, lora_b, mode = self.lora_A[name], self.lora_B[name], self._init_modes[name]
+        """Initialises an adapter as its config's `init_lora_weights` says (`init_weights.py`).
+
+        "pissa" and "olora" take their part out of `weight` as it is now.
+        """
+        mode, lora_a, lora_b = self._init_modes[name], self.lora_A[name], self.lora_B[name]
+        residual = initialise(mode, self.weight_by_rows, lora_a, lora_b, self.scaling[name])
         with torch.no_grad():
-            if mode == "gaussian":
-                nn.init.normal_(lora_a, std=1 / lora_a.shape[0])
-            else:
-                nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-            if mode is False:
-                nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
-            else:
-                nn.init.zeros_(lora_b)
+            if residual is not None:
+                self.weight_by_rows.copy_(residual)
+            if name in self.lora_bias:
+                initialise_bias(mode, self.lora_bias[name], lora_a.shape[0])
+            if name in self.lora_magnitude_vector:
+                norm = weight_norm(self.weight_by_rows, lora_a, lora_b, self.scaling[name])
+                self.lora_magnitude_vector[name].copy_(norm)
 
     def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, active and (unless inference_mode) trainable.
@@ -164,7 +222,9 @@ class LoraLinear(nn.Linear):
         self._check_names([name])
         if name in self.merged_adapters:
             raise ValueError(f"adapter_name: {name!r} is merged; unmerge before deleting it")
-        del self.lora_A[name], self.lora_B[name]
+        for parameters in (self.lora_A, self.lora_B, self.lora_bias, self.lora_magnitude_vector):
+            if name in parameters:
+                del parameters[name]
         del self.scaling[name], self.lora_dropout[name], self._init_modes[name]
         if name in self.active_adapters:
             self.active_adapters.remove(name)
@@ -174,11 +234,13 @@ class LoraLinear(nn.Linear):
     def merge(self, names: str | Sequence[str] | None = None) -> None:
         """Adds the adapters (the active ones by default) to `weight`, in float32 and rounded once.
 
-        The unmerged weight is kept beside it, so that `unmerge` restores every bit.
+        A bias on B goes into `bias`. The unmerged ones are kept, so that `unmerge` restores every
+        bit.
 
         Raises:
-            ValueError: a name is unknown, the layer is merged already or disabled, or the merged
-                weight has NaN or Inf; the layer is then unchanged.
+            ValueError: a name is unknown, the layer is merged already or disabled, the merged
+                weight or bias has NaN or Inf, or an adapter has a bias and the layer none; the
+                layer is then unchanged.
         """
         if names is None:
             names = self.active_adapters
@@ -190,87 +252,104 @@ class LoraLinear(nn.Linear):
             return
         if self.disabled:
             raise ValueError("merge: the adapters are disabled; enable them first")
-        merged = self.merged_weight(wanted)
+        weight, bias = self.merged_tensors(wanted)
         self._unmerged_weight = self.weight.detach().clone()
         with torch.no_grad():
-            self.weight.copy_(merged)
+            self.weight_by_rows.copy_(weight)
+            if bias is not None and any(name in self.lora_bias for name in wanted):
+                self._unmerged_bias = self.bias.detach().clone()
+                self.bias.copy_(bias)
         self.merged_adapters = wanted
 
-    def merged_weight(self, names: Sequence[str]) -> Tensor:
-        """weight + Σ s lora_B lora_A [out, in], in weight's dtype.
+    def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """weight [out, in] and bias [out] with these adapters in it (see `merging.py`).
 
         Raises:
-            ValueError: the result has NaN or Inf.
+            ValueError: one has NaN or Inf, or an adapter has a bias and the layer none.
         """
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.no_grad():
-            total = self.weight.to(exact, copy=True)
-            for name in names:
-                delta = self.lora_B[name].to(exact) @ self.lora_A[name].to(exact)
-                total.add_(delta, alpha=self.scaling[name])
-            merged = total.to(self.weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError(f"merge: the weight merged with {list(names)} has NaN or Inf")
-        return merged
+        adapters = [self.adapter_parameters(name) for name in names]
+        scalings = [self.scaling[name] for name in names]
+        try:
+            return merged_weight_and_bias(self.weight_by_rows, self.bias, adapters, scalings)
+        except ValueError as error:
+            raise ValueError(f"{error} (adapters {list(names)})") from error
 
     def unmerge(self) -> None:
-        """Restores the weight as it was before `merge`, bit by bit."""
+        """Restores weight and bias as they were before `merge`, bit by bit."""
         if self._unmerged_weight is None:
             return
         with torch.no_grad():
             self.weight.copy_(self._unmerged_weight)
-        self._unmerged_weight = None
+            if self._unmerged_bias is not None:
+                self.bias.copy_(self._unmerged_bias)
+        self._unmerged_weight = self._unmerged_bias = None
         self.merged_adapters = []
 
     def projection(self) -> tuple[Projection, float] | None:
         """The arguments and the dropout of one kernel call, if one does it.
 
-        Several active adapters are one adapter of the summed rank. Their dropout masks differ, so
-        with dropout they are not: None.
+        Several active adapters are one adapter of the summed rank. Their dropout masks differ, and
+        DoRA scales what the adapters before it have made, so with either they are not: None.
         """
         active = [] if self.disabled or self.merged_adapters else self.active_adapters
+        weight = self.weight_by_rows
         if not active:
-            return (self.weight, None, None, 1.0, self.bias, None), 0.0
+            return (weight, None, None, 1.0, self.bias, None), 0.0
         dropouts = [self.lora_dropout[name] if self.training else 0.0 for name in active]
+        bias = self._bias_with(active)
         if len(active) == 1:
             name = active[0]
-            return (
-                (
-                    self.weight, self.lora_A[name], self.lora_B[name], self.scaling[name],
-                    self.bias, None,
-                ),
-                dropouts[0],
-            )  # fmt: skip
-        if any(dropouts):
+            magnitude = self.lora_magnitude_vector[name] if self._has_magnitude(name) else None
+            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+            return (weight, lora_a, lora_b, self.scaling[name], bias, magnitude), dropouts[0]
+        if any(dropouts) or any(map(self._has_magnitude, active)):
             return None
         lora_a = torch.cat([self.lora_A[name] for name in active])
         lora_b = torch.cat([self.lora_B[name] * self.scaling[name] for name in active], dim=1)
-        return (self.weight, lora_a, lora_b, 1.0, self.bias, None), 0.0
+        return (weight, lora_a, lora_b, 1.0, bias, None), 0.0
+
+    def _has_magnitude(self, name: str) -> bool:
+        return name in self.lora_magnitude_vector
+
+    def _bias_with(self, names: Sequence[str]) -> Tensor | None:
+        """bias + Σ s lora_bias [out], in bias's dtype; None where there is neither."""
+        added = [
+            self.lora_bias[name] * self.scaling[name] for name in names if name in self.lora_bias
+        ]
+        if not added:
+            return self.bias
+        total = sum(added[1:], added[0])
+        return (total if self.bias is None else self.bias + total).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mixed is not None:
+            return self.mixed.linear(self, x)
         single = self.projection()
         if single is None:
             return self._forward_several(x)
         (weight, lora_a, lora_b, scaling, bias, magnitude), dropout_p = single
         if lora_a is None or lora_b is None:
             return F.linear(x, weight, bias)
-        return lora_linear(
-            x, weight, lora_a, lora_b, scaling, bias, dropout_p, magnitude=magnitude
-        )
+        return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, magnitude=magnitude)
 
     def _forward_several(self, x: Tensor) -> Tensor:
-        """Several active adapters with dropout: one fused, the others by library GEMMs."""
+        """Several active adapters that one call cannot do: one fused, the others by library GEMMs.
+
+        In their order: a DoRA adapter scales the sum of all before it.
+        """
         first, *others = self.active_adapters
         y = lora_linear(
-            x, self.weight, self.lora_A[first], self.lora_B[first], self.scaling[first],
-            self.bias, self.lora_dropout[first],
+            x, self.weight_by_rows, self.lora_A[first], self.lora_B[first], self.scaling[first],
+            self._bias_with([first]), self.lora_dropout[first] if self.training else 0.0,
+            magnitude=self.lora_magnitude_vector[first] if self._has_magnitude(first) else None,
         )  # fmt: skip
+        dtype = y.dtype
         for name in others:
-            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-            branch = F.dropout(x, self.lora_dropout[name]).to(lora_a.dtype)
-            delta = F.linear(F.linear(branch, lora_a), lora_b) * self.scaling[name]
-            y = (y + delta).to(y.dtype)
-        return y
+            y = add_successive(
+                y, x, self.weight_by_rows, self.bias, self.adapter_parameters(name),
+                self.scaling[name], self.lora_dropout[name] if self.training else 0.0,
+            )  # fmt: skip
+        return y.to(dtype)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={self.lora_A[name].shape[0]}" for name in self.lora_A)
@@ -284,15 +363,15 @@ class LoraLinear(nn.Linear):
             raise ValueError(f"adapter_name: expected each name once, got {list(names)}")
 
     def _require_grad(self, name: str, required: bool) -> None:
-        self.lora_A[name].requires_grad_(required)
-        self.lora_B[name].requires_grad_(required)
+        for parameter in self.adapter_parameters(name).values():
+            parameter.requires_grad_(required)
 
 
 def grouped_projection(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """The outputs of several layers of the same input (q, k, v; gate, up), by one operation.
 
     Layers that one call cannot serve (not a LoraLinear, hooks, several adapters with dropout,
-    different dropout rates) are called one by one, with the same result.
+    different dropout rates, a mixed batch) are called one by one, with the same result.
     """
     together = projections_of(layers)
     if together is None:
@@ -305,7 +384,7 @@ def projections_of(layers: Sequence[nn.Module]) -> tuple[list[Projection], float
     projections: list[Projection] = []
     rates = set()
     for layer in layers:
-        if type(layer) is not LoraLinear or has_hooks(layer):
+        if type(layer) is not LoraLinear or has_hooks(layer) or layer.mixed is not None:
             return None
         single = layer.projection()
         if single is None:
@@ -332,8 +411,9 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _check_replaceable(name: str, linear: nn.Module) -> None:
-    if type(linear) is not nn.Linear:
+def check_replaceable(name: str, linear: nn.Module) -> None:
+    """Raises TypeError or ValueError where a LoraLinear cannot take a module's place."""
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
         raise TypeError(f"{name}: expected torch.nn.Linear, got {type(linear).__name__}")
     if has_hooks(linear):
         raise ValueError(f"{name}: expected a torch.nn.Linear without hooks, which would be lost")
@@ -346,72 +426,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts new modules in the places of old ones, everywhere a shared one is registered."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                setattr(parent, name, replacements[child])
-
-
-def inject_lora(
-    model: Model,
-    config: LoraConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-) -> Model:
-    """Adds an adapter to the layers of any torch model that `config` targets, in place.
-
-    Targeted `nn.Linear`s become `LoraLinear`s over the same weights and under the same names; every
-    parameter that is not an adapter's is frozen. The first adapter of a model becomes active.
-
-    Args:
-        config: its target_modules choose the layers as PEFT does.
-        adapter_name: letters, digits, "_" and "-".
-        autocast_adapter_dtype: as in `LoraLinear.add_adapter`.
-
-    Returns:
-        The same model, whose `lora_configs` maps adapter names to configs.
-
-    Raises:
-        ValueError, TypeError: nothing matches a target, a target is no plain linear layer or has
-            hooks, or the adapter exists already. The model is then unchanged.
-    """
-    validate_adapter_name(adapter_name)
-    configs: dict[str, LoraConfig] = getattr(model, "lora_configs", {})
-    if adapter_name in configs:
-        raise ValueError(f"adapter_name: {adapter_name!r} exists already in this model")
-    paths = match_target_modules(model, config)
-    modules = dict(model.named_modules())
-    for path in paths:
-        module = modules[path]
-        if not isinstance(module, LoraLinear):
-            _check_replaceable(f"target_modules: {path}", module)
-        elif adapter_name in module.lora_A:
-            raise ValueError(f"adapter_name: {adapter_name!r} exists already in {path}")
-    for parameter_name, parameter in model.named_parameters():
-        if not _is_adapter_parameter(parameter_name):
-            parameter.requires_grad_(False)
-    layers: dict[str, LoraLinear] = {}
-    for path in paths:
-        linear = modules[path]
-        assert isinstance(linear, nn.Linear)
-        layers[path] = linear if isinstance(linear, LoraLinear) else LoraLinear.from_linear(linear)
-    replace_modules(model, {modules[path]: layer for path, layer in layers.items()})
-    for path, layer in layers.items():
-        layer.add_adapter(adapter_name, config, path, autocast_adapter_dtype)
-        # What is active is a choice for the whole model, also for layers new to adapters.
-        if configs and layer.active_adapters == [adapter_name]:
-            layer.set_adapter([])
-    model.lora_configs = {**configs, adapter_name: config}  # type: ignore[assignment]
-    return model
-
-
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters that are active somewhere in the model, in order of appearance."""
     layers = (layer for _, layer in lora_layers(model))
     return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
-
-
-def _is_adapter_parameter(name: str) -> bool:
-    return ".lora_A." in f".{name}" or ".lora_B." in f".{name}"

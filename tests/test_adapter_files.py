@@ -1,6 +1,7 @@
 """PEFT's two files: exchanged with PEFT, saved by saves that are killed, broken on purpose."""
 
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -610,7 +611,7 @@ GOOD = '"peft_type": "LORA", "r": 2, "rank_pattern": {"v": 3}'
         ('{"r": 2}', "peft_type: expected 'LORA', got no such key"),
         ('{"peft_type": "LOHA"}', "peft_type: expected 'LORA', got 'LOHA'"),
         ('{"peft_type": null}', "peft_type: expected 'LORA', got None"),
-        (f'{{{GOOD}, "use_dora": true}}', "use_dora: expected False"),
+        (f'{{{GOOD}, "use_qalora": true}}', "use_qalora: expected False"),
         (f'{{{GOOD}, "lora_dropout": "a lot"}}', "lora_dropout: expected a number"),
         (f'{{{GOOD}, "target_modules": "("}}', "target_modules: expected a regular expression"),
         (b"\xff\xfe{}", "utf-8"),
@@ -688,6 +689,82 @@ def test_tensors_that_are_refused(tmp_path, tensors, messages):
         load_adapter(tmp_path)
     for message in messages:
         caught.match(message)
+
+
+OPTIONAL = {
+    "lora_bias": {"layers.0.q.lora_B.bias": torch.ones(5), "layers.0.v.lora_B.bias": torch.ones(5)},
+    "use_dora": {
+        "layers.0.q.lora_magnitude_vector": torch.ones(5),
+        "layers.0.v.lora_magnitude_vector": torch.ones(5),
+    },
+    "bias": {"layers.0.q.base_layer.bias": torch.ones(5), "layers.0.norm.bias": torch.ones(7)},
+    "modules_to_save": {
+        "score.weight": torch.ones(2, 3).half(),
+        "layers.0.score.inner.count": torch.tensor(3),
+        "layers.0.score.mask": torch.tensor([True]),
+        "score.log_scale": torch.ones(()),
+    },
+}
+OPTIONS = {"lora_bias": True, "use_dora": True, "bias": "all", "modules_to_save": ["score"]}
+
+
+def with_optional(name: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    config, tensors = adapter()
+    return dataclasses.replace(config, **{name: OPTIONS[name]}), {**tensors, **OPTIONAL[name]}
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_what_an_option_adds_goes_to_disk_and_back(tmp_path, name):
+    save_adapter(tmp_path, *with_optional(name))
+    assert is_adapter(tmp_path, with_optional(name))
+    # Without the option the same tensors have no meaning.
+    change_json = json.loads((tmp_path / CONFIG).read_text())
+    change_json[name] = LoraConfig().to_dict()[name]
+    (tmp_path / CONFIG).write_text(json.dumps(change_json))
+    with pytest.raises(ValueError, match="expected keys") as caught:
+        load_adapter(tmp_path)
+    for key in OPTIONAL[name]:
+        caught.match(f"'{key}'")
+
+
+def test_the_weight_of_a_targeted_head_may_be_there(tmp_path):
+    config, tensors = adapter()
+    tensors["lm_head.base_layer.weight"] = torch.ones(3, 2)
+    save_adapter(tmp_path, config, tensors)
+    assert is_adapter(tmp_path, (config, tensors))
+    tensors["layers.0.q.base_layer.weight"] = torch.ones(3, 2)
+    with pytest.raises(ValueError, match=r"got \['layers\.0\.q\.base_layer\.weight'\]"):
+        save_adapter(tmp_path, config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "tensor", "message"),
+    [
+        ("lora_bias", "layers.0.v.lora_B.bias", None, "expected {key} beside it, got none"),
+        ("use_dora", "layers.0.q.lora_magnitude_vector", None, "expected {key} beside it"),
+        ("lora_bias", "layers.0.q.lora_B.bias", torch.ones(4), r"{key}: expected shape \[5\]"),
+        ("use_dora", "layers.0.q.lora_magnitude_vector", torch.ones(5, 1), r"shape \[5\], got"),
+        ("use_dora", "layers.0.q.lora_magnitude_vector", torch.ones(5).int(), "{key}: .*int32"),
+        ("use_dora", "layers.0.v.lora_magnitude_vector", torch.ones(5) * torch.inf, "finite"),
+        ("bias", "layers.0.norm.bias", torch.ones(7) * torch.nan, "{key}: expected finite"),
+        ("modules_to_save", "score.weight", torch.ones(2) * torch.nan, "{key}: expected finite"),
+        (
+            "modules_to_save",
+            "score.weight",
+            torch.ones(2, 3).to(torch.float8_e4m3fn),
+            "{key}: .*float8",
+        ),
+        ("modules_to_save", "scores.weight", torch.ones(2), r"expected keys .*'{key}'"),
+    ],
+)
+def test_optional_tensors_that_are_refused(tmp_path, name, key, tensor, message):
+    config, tensors = with_optional(name)
+    tensors.pop(key, None)
+    if tensor is not None:
+        tensors[key] = tensor
+    write_raw(tmp_path, config.to_dict(), tensors)
+    with pytest.raises(ValueError, match=message.replace("{key}", key.replace(".", r"\."))):
+        load_adapter(tmp_path)
 
 
 def test_keys_without_peft_s_prefix_are_refused(saved):

@@ -263,7 +263,7 @@ def test_a_failure_of_another_kind_also_leaves_all_unmerged(monkeypatch: pytest.
     def out_of_memory(names):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(last, "merged_weight", out_of_memory)
+    monkeypatch.setattr(last, "merged_tensors", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         adapters.merge_adapter(model)
     assert_same_weights(model, before)
@@ -376,8 +376,7 @@ def test_peft_reads_what_we_save(case: str, dtype: torch.dtype, tmp_path: Path):
 def test_we_read_what_peft_saves(case: str, dtype: torch.dtype, tmp_path: Path):
     base = llama(dtype)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**exchanged(case))).eval()
-    # Beside an adapter of lm_head PEFT would otherwise save lm_head's own weight.
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    theirs.save_pretrained(tmp_path)
     model = copy.deepcopy(base)
     adapters.load_adapter_into(model, tmp_path)
     assert_equal_logits(model, theirs, base)
@@ -517,7 +516,10 @@ def poison(directory: Path) -> None:
         (remove(TENSORS), FileNotFoundError, TENSORS),
         (poison, ValueError, "NaN"),
         (change_json(r=4), ValueError, "expected rank 4, got 3"),
-        (change_json(use_dora=True), ValueError, "use_dora"),
+        (change_json(use_dora=True), ValueError, "expected .*lora_magnitude_vector beside it"),
+        (change_json(lora_bias=True), ValueError, "expected .*lora_B.bias beside it"),
+        (change_json(modules_to_save=["norm"]), ValueError, "missing model.norm.weight"),
+        (change_json(use_qalora=True), ValueError, "use_qalora"),
         (
             change_json(target_modules=["q_proj", "v_proj", "k_proj"]),
             ValueError,

@@ -14,12 +14,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from lora_kernels.config import (
-    _UNSUPPORTED,
-    LoraConfig,
-    match_target_modules,
-    validate_adapter_name,
-)
+from lora_kernels.config import _UNSUPPORTED, LoraConfig, validate_adapter_name
+from lora_kernels.targets import match_target_modules
 
 TINY_LLAMA = LlamaConfig(
     vocab_size=32,
@@ -278,11 +274,6 @@ def test_unknown_keys_are_kept_and_nothing_is_shared():
 
 
 NON_DEFAULT = {
-    "fan_in_fan_out": True,
-    "bias": "all",
-    "modules_to_save": ["lm_head"],
-    "use_dora": True,
-    "lora_bias": True,
     "target_parameters": ["weight"],
     "trainable_token_indices": [1],
     "layer_replication": [[0, 1]],
@@ -311,12 +302,26 @@ def test_what_is_not_supported_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["fan_in_fan_out", "bias", "modules_to_save", "use_dora", "lora_bias"]
+    "settings",
+    [
+        {"fan_in_fan_out": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True, "init_lora_weights": "pissa"},
+        {"lora_bias": True, "init_lora_weights": False},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "Gaussian"},
+        {"init_lora_weights": "orthogonal"},
+    ],
+    ids=str,
 )
-def test_common_unsupported_fields_can_be_passed(name):
-    LoraConfig(**{name: _UNSUPPORTED[name]})
-    with pytest.raises(ValueError, match=f"^{name}: expected .* got"):
-        LoraConfig(**{name: NON_DEFAULT[name]})
+def test_what_peft_writes_of_an_option_is_what_we_write(settings):
+    theirs = peft.LoraConfig(**settings).to_dict()
+    config = LoraConfig.from_dict(json.loads(json.dumps(theirs)))
+    assert {name: config.to_dict()[name] for name in settings} == settings
+    assert peft.LoraConfig(**config.to_dict()) == peft.LoraConfig(**theirs)
 
 
 @pytest.mark.parametrize(
@@ -339,8 +344,16 @@ def test_common_unsupported_fields_can_be_passed(name):
         ("lora_dropout", math.nan, ValueError),
         ("use_rslora", 1, TypeError),
         ("inference_mode", None, TypeError),
-        ("init_lora_weights", "pissa", ValueError),
-        ("init_lora_weights", "olora", ValueError),
+        ("init_lora_weights", "pissa_niter_x", ValueError),
+        ("init_lora_weights", "loftq", ValueError),
+        ("bias", "some", ValueError),
+        ("bias", None, ValueError),
+        ("modules_to_save", "lm_head", TypeError),
+        ("modules_to_save", [""], ValueError),
+        ("modules_to_save", [1], TypeError),
+        ("use_dora", 1, TypeError),
+        ("lora_bias", "yes", TypeError),
+        ("fan_in_fan_out", None, TypeError),
         ("init_lora_weights", "eva", ValueError),
         ("init_lora_weights", None, ValueError),
         ("init_lora_weights", 1, ValueError),
@@ -399,9 +412,15 @@ def test_each_field_is_checked(name, value, error):
         ({"target_modules": ".*q_proj", "layers_pattern": "layers"}, "layers_pattern"),
         ({"layers_to_transform": 0, "layers_pattern": "("}, "layers_pattern"),
         ({"layers_to_transform": 0, "layers_pattern": ["h", "(?i)h"]}, "layers_pattern"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "init_lora_weights"),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, "init_lora_weights"),
     ],
 )
 def test_contradictions(kwargs, name):
+    if name != "layers_pattern" or "target_modules" in kwargs:
+        with pytest.raises(ValueError):
+            peft.LoraConfig(**kwargs)
     with pytest.raises(ValueError, match=f"^{name}: expected "):
         LoraConfig(**kwargs)
 

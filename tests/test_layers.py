@@ -16,7 +16,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 import lora_kernels
 from lora_kernels import LoraConfig, LoraLinear, inject_lora
 from lora_kernels import layers as layers_module
-from lora_kernels.layers import active_adapters, grouped_projection, lora_layers, replace_modules
+from lora_kernels.injection import replace_modules
+from lora_kernels.layers import active_adapters, grouped_projection, lora_layers
 
 
 def config(**changes) -> LoraConfig:

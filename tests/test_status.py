@@ -1,12 +1,23 @@
 """status: one row per layer that says what runs there and why, and the table of the rows."""
 
 import importlib
+from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_kernels import LoraConfig, LoraLinear, dispatch, implementation, inject_lora, status
+from lora_kernels import (
+    LoraConfig,
+    LoraLinear,
+    accelerate,
+    dispatch,
+    implementation,
+    inject_lora,
+    restore,
+    status,
+)
 from lora_kernels.adapters import disable_adapter, merge_adapter, set_adapter
 from lora_kernels.lora_linear.plan import plan
 
@@ -209,3 +220,104 @@ def test_a_group_is_shown_with_the_plan_of_all_its_outputs(on_h100):
         assert status(model)[0].group == ()
     model[0].v.delete_adapter("default")
     assert status(model)[0].group == ()
+
+
+# PEFT's layers.
+
+
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * rstd).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = RMSNorm()
+        self.q, self.k, self.v = nn.Linear(32, 16), nn.Linear(32, 8), nn.Linear(32, 8)
+        self.o = nn.Linear(8, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.o(self.q(x)[..., :8] + self.k(x) * self.v(x)))
+
+
+def peft_net(**changes: Any) -> Any:
+    settings = {"r": 4, "target_modules": ["q", "v", "o"], "init_lora_weights": False}
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    return peft.get_peft_model(model, peft.LoraConfig(**{**settings, **changes}))
+
+
+def test_a_peft_model_before_and_after_accelerate():
+    model = peft_net()
+    rows = status(model)
+    assert [row.name for row in rows][:3] == [f"base_model.model.0.{name}" for name in "qvo"]
+    assert {columns(row) for row in rows} == {(4, "default", "peft", "-")}
+    assert {row.reason for row in rows} == {"not accelerated"} and rows.modules == {}
+    accelerate(model)
+    rows = status(model)
+    assert {columns(row) for row in rows} == {(4, "default", "eager", "library GEMMs")}
+    assert [row.group for row in rows][:3] == [("q", "v"), ("q", "v"), ()]
+    assert rows.modules == {"RMSNorm": (3, 3), "SwiGLU": (0, 0), "RoPE": (0, 0)}
+    restore(model)
+    assert {row.reason for row in status(model)} == {"not accelerated"}
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+def test_the_states_of_an_accelerated_layer():
+    model = accelerate(peft_net(lora_dropout=0.1).eval())
+    model.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q", "k"]))
+    accelerate(model)
+    layer = model.base_model.model[0].q
+    rows = {row.name[-1]: row for row in status(model)}
+    assert columns(rows["k"]) == (0, "none", "base", "one GEMM")
+    model.base_model.set_adapter(["default", "b"])
+    rows = {row.name[-1]: row for row in status(model)}
+    assert columns(rows["q"])[:3] == (7, "default + b", "eager")
+    assert rows["q"].group == ("q", "k", "v")
+    rows = {row.name[-1]: row for row in status(model.train())}
+    assert columns(rows["q"])[:3] == (7, "default + b", "peft")
+    assert "their masks differ" in rows["q"].reason and rows["v"].reason != rows["q"].reason
+    with model.disable_adapter():
+        assert {columns(row) for row in status(model)} == {(0, "disabled", "base", "one GEMM")}
+    model.eval().set_adapter("default")
+    model.merge_adapter()
+    assert columns(status(model)[0]) == (0, "merged: default", "base", "one GEMM")
+    model.unmerge_adapter()
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    row = status(model)[0]
+    assert (row.implementation, row.reason) == ("peft", "a module inside it has hooks")
+
+
+def test_a_peft_layer_of_another_kind_is_named():
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
+    model = accelerate(peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "1"])))
+    embedding, linear = status(model)
+    assert columns(embedding) == (8, "default", "peft", "-")
+    assert embedding.reason == "PEFT's Embedding is not of the kind that is fused"
+    assert linear.implementation == "eager"
+
+
+def test_a_gpu_shows_the_plan_of_an_accelerated_group(on_h100, monkeypatch):
+    asked = []
+    original = module.plan_for
+    monkeypatch.setattr(module, "plan_for", lambda *args: asked.append(args[-1]) or original(*args))
+    status(accelerate(peft_net(lora_dropout=0.1)).train())
+    assert asked == [True] * 9
+    model = accelerate(peft_net().to(torch.bfloat16))
+    rows = {row.name[-1]: row for row in status(model, tokens=64)}
+    together = plan(64, (16, 8), 32, (4, 4), torch.bfloat16, "sm_90", False)
+    assert rows["q"].plan == rows["v"].plan == str(together)
+    assert rows["o"].plan == str(plan(64, 32, 8, 4, torch.bfloat16, "sm_90", False))
+
+
+def test_below_the_table_is_a_line_for_each_kind_of_module():
+    model = accelerate(peft_net(r=2))
+    lines = str(status(model)).splitlines()
+    assert len(lines) == 1 + 3 + 3
+    assert "q v" in lines[1] and lines[1].startswith("base_model.model.*.q")
+    assert lines[4:] == ["RMSNorm  3 of 3 fused", "SwiGLU   0 of 0 fused", "RoPE     0 of 0 fused"]

@@ -9,9 +9,10 @@ and weights are transformers' (models/llama/modeling_llama.py), so checkpoints a
 unchanged. Attention, masks, caches, rotary tables and generation are transformers' own.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,9 @@ from lora_kernels.layers import (
     has_hooks,
     lora_layers,
 )
+from lora_kernels.mixed_batch import MixedBatch, mixed_batch
+from lora_kernels.targets import match_modules_to_save, match_target_modules
+from lora_kernels.weighted_adapters import add_weighted_adapter
 from lora_llama import loading
 
 
@@ -154,21 +158,26 @@ class LoraTransformerBlock(GradientCheckpointingLayer):
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        mixed: MixedBatch | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if position_embeddings is None:
             raise ValueError("position_embeddings: expected (cos, sin), got None")
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        normalised, hidden_states = self.post_attention_layernorm(attended, residual=hidden_states)
-        return hidden_states + self.mlp(normalised)
+        # An argument, so that a replay in the backward pass has the same rows.
+        with nullcontext() if mixed is None else mixed.applied(self):
+            attended, _ = self.self_attn(
+                self.input_layernorm(hidden_states),
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            normalised, hidden_states = self.post_attention_layernorm(
+                attended, residual=hidden_states
+            )
+            return hidden_states + self.mlp(normalised)
 
 
 class LoraLlamaModel(LlamaModel):
@@ -208,8 +217,6 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
 
     _no_split_modules: ClassVar = ["LoraTransformerBlock"]
     _can_record_outputs: ClassVar = LoraLlamaModel._can_record_outputs
-    # An adapter that was just created is not in the base checkpoint.
-    _keys_to_ignore_on_load_missing: ClassVar = [r"\.lora_[AB]\."]
 
     def __init__(
         self,
@@ -221,10 +228,11 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lora_configs: dict[str, LoraConfig] = {}
+        self.post_init()
+        # After the weights, which some adapters begin with.
         adapters = {"default": lora} if isinstance(lora, LoraConfig) else lora or {}
         for name, adapter in adapters.items():
             inject_lora(self, adapter, name)
-        self.post_init()
 
     @classmethod
     def from_pretrained(
@@ -237,8 +245,6 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         **kwargs: Any,
     ) -> "LoraLlamaForCausalLM":
         """Loads a Llama checkpoint (safetensors, sharded or not, or GGUF), or an adapter with it.
-
-        The adapter is created on the meta device and takes memory only once the weights arrive.
 
         Args:
             pretrained_model_name_or_path: a directory or hub id of a Llama, or a directory of
@@ -268,16 +274,28 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         adapters = {adapter_name: lora} if isinstance(lora, LoraConfig) else lora or {}
         if adapters and (kwargs.get("quantization_config") or content.get("quantization_config")):
             raise ValueError(f"{path}: expected plain weights below an adapter, got quantised ones")
+        if adapters:
+            # On a model without memory, so that what fits no module is known before the weights.
+            fields = {name: kwargs[name] for name in content if name in kwargs and name != "dtype"}
+            with torch.device("meta"):
+                outline = cls(LlamaConfig(**{**content, **fields}))
+            for adapter in adapters.values():
+                match_target_modules(outline, adapter)
+                match_modules_to_save(outline, adapter)
         if gguf_file is not None:
             model = loading.from_gguf(cls, path, gguf_file, LlamaConfig(**content), **kwargs)
-            for name, adapter in adapters.items():
-                model.add_adapter(name, adapter)
-            return model
-        model, info = super().from_pretrained(
-            path, *args, lora=adapters, use_safetensors=True, output_loading_info=True, **kwargs
-        )
-        loading.check_complete(path, info)
-        model.prepare_adapters()
+        else:
+            model, info = super().from_pretrained(
+                path, *args, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+            loading.check_complete(path, info)
+        for name, adapter in adapters.items():
+            for part in (
+                *match_target_modules(model, adapter), *match_modules_to_save(model, adapter)
+            ):  # fmt: skip
+                if any(weight.is_meta for weight in model.get_submodule(part).parameters()):
+                    raise ValueError(f"device_map: {part} has an adapter and must not be offloaded")
+            model.add_adapter(name, adapter)
         return model
 
     @can_return_tuple
@@ -291,6 +309,7 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As LlamaForCausalLM's, but that a training step's output has no logits.
@@ -300,11 +319,22 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             labels: [B, T] like input_ids, -100 where nothing is to be learned; position t is scored
                 against labels[t + 1]. `shift_labels` [B, T] in kwargs is aligned already, and
                 `num_items_in_batch` is what the summed loss is divided by.
+            adapter_names: for each of the B rows the adapter that it uses, or "__base__"
+                (`lora_kernels/mixed_batch.py`, with the errors). Training reaches those that
+                `set_adapter([...])` has made trainable.
 
         Returns:
             loss (with labels), past_key_values, and logits [B, T, vocabulary]: None in training
             mode with labels where the head is frozen. `model.eval()` has them always.
         """
+        if adapter_names is not None:
+            rows = input_ids if inputs_embeds is None else inputs_embeds
+            batch = mixed_batch(self, adapter_names, None if rows is None else rows.shape[0])
+            with batch.applied(self):
+                return LoraLlamaForCausalLM.forward(
+                    self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+                    labels, use_cache, logits_to_keep, mixed=batch, **kwargs,
+                )  # fmt: skip
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -333,6 +363,16 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             attentions=outputs.attentions,
         )
 
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:
+        """As GenerationMixin's; a row's copies (beams, returned sequences) have its adapter."""
+        input_ids, arguments = super()._expand_inputs_for_generation(
+            expand_size=expand_size, **kwargs
+        )
+        names = arguments.get("adapter_names")
+        if expand_size > 1 and isinstance(names, list | tuple):
+            arguments["adapter_names"] = [name for name in names for _ in range(expand_size)]
+        return input_ids, arguments
+
     def _has_frozen_head(self) -> bool:
         """Whether the loss is one operation on the head's weight: nothing in it trains or hooks."""
         head = self.lm_head
@@ -344,26 +384,6 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             and not has_hooks(head)
             and self.loss_function is ForCausalLMLoss
         )
-
-    def prepare_adapters(self) -> None:
-        """Initialises the adapters that came off the meta device, and freezes all else.
-
-        Loading gives every parameter a new tensor, which knows neither. Without an adapter nothing
-        changes.
-
-        Raises:
-            ValueError: a layer with an adapter is offloaded, so that its adapter has no memory.
-        """
-        if not self.lora_configs:
-            return
-        for path, layer in lora_layers(self):
-            for name in layer.lora_A:
-                if layer.lora_A[name].is_meta:
-                    raise ValueError(f"device_map: {path} has an adapter and must not be offloaded")
-                layer.reset_adapter_parameters(name)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
-        self.set_adapter(active_adapters(self))
 
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Creates an adapter; the first one becomes active (see `inject_lora` for the errors)."""
@@ -386,6 +406,17 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         """Adds an adapter from PEFT's two files (see `load_adapter_into` for the errors)."""
         model_adapters.load_adapter_into(self, directory, adapter_name, is_trainable)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Adds the weighted sum of adapters under a new name, inactive (`weighted_adapters.py`)."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it is open, the model is its base alone."""
@@ -394,13 +425,11 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
 
     def enable_adapters(self) -> None:
         """Switches the active adapters on again after `disable_adapters`."""
-        for _, layer in lora_layers(self):
-            layer.enable_adapters(True)
+        model_adapters.enable_adapters(self, True)
 
     def disable_adapters(self) -> None:
         """Switches all adapters off until `enable_adapters`."""
-        for _, layer in lora_layers(self):
-            layer.enable_adapters(False)
+        model_adapters.enable_adapters(self, False)
 
     def active_adapters(self) -> list[str]:
         """The names of the active adapters."""
@@ -416,7 +445,7 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Any = None
     ) -> dict[str, Tensor]:
-        """The adapter's tensors, "<path>.lora_A.weight" [R, in] and "<path>.lora_B.weight"."""
+        """The adapter's tensors by PEFT's keys (`adapter_state.py`), not copied."""
         return model_adapters.adapter_state_dict(self, adapter_name or self.active_adapter())
 
     def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
@@ -437,17 +466,19 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         This model is used up: its layers' weights now belong to the returned one.
 
         Raises:
-            ValueError: a merged weight has NaN or Inf; the model is then unchanged.
+            ValueError: a merged weight has NaN or Inf, or an adapter has a bias on B where a layer
+                has none; the model is then unchanged.
         """
         if not any(layer.merged_adapters for _, layer in lora_layers(self)):
             self.merge_adapter()
-        state = {
-            key: value
-            for key, value in self.state_dict(keep_vars=True).items()
-            if ".lora_A." not in key and ".lora_B." not in key
-        }
+        state = model_adapters.base_state_dict(self)
+        head, embedding = state["lm_head.weight"], state["model.embed_tokens.weight"]
+        config = copy.deepcopy(self.config)
+        if config.tie_word_embeddings and head is not embedding:
+            # A copy of one of them has been trained.
+            config.tie_word_embeddings = False
         with torch.device("meta"):
-            plain = LlamaForCausalLM(self.config)
+            plain = LlamaForCausalLM(config)
         plain.load_state_dict(state, assign=True)
         plain.model.rotary_emb = self.model.rotary_emb
         plain.generation_config = self.generation_config

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from lora_kernels.adapter_files import adapter_directory, load_adapter
-from lora_kernels.adapters import check_fit, copy_adapter
+from lora_kernels.adapter_state import check_fit, copy_adapter
 from lora_kernels.config import LoraConfig
 from lora_llama.checkpoint_files import one_line
 from lora_llama.model import LoraLlamaForCausalLM

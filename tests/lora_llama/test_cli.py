@@ -192,7 +192,7 @@ def parameters_of(command: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(target).parameters)
 
 
-@pytest.mark.parametrize("command", ["finetune", "generate", "verify", "merge", "demo"])
+@pytest.mark.parametrize("command", ["finetune", "generate", "verify", "merge", "estimate", "demo"])
 def test_help_names_every_option_with_its_default(command, run):
     shown = run(command, "--help")
     assert shown.code == 0 and not shown.err
@@ -219,7 +219,7 @@ def test_help_names_every_option_with_its_default(command, run):
 def test_help_names_every_command(run):
     shown = run("--help")
     assert shown.code == 0
-    for command in ("finetune", "generate", "verify", "merge", "demo"):
+    for command in ("finetune", "generate", "verify", "merge", "estimate", "demo"):
         assert f"\n    {command}  " in shown.out
 
 
@@ -229,7 +229,7 @@ def test_help_names_every_command(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected .subcommand. to be one of {finetune,generate,verify,merge,demo}"),
+        ([], "expected .subcommand. to be one of {finetune,generate,verify,merge,estimate,demo}"),
         (["finetun"], "invalid choice: 'finetun'"),
         (["finetune"], r"required: .*model, .*data"),
         (["finetune", "--model=m"], r"required: .*data"),
@@ -544,7 +544,8 @@ def test_adapters_that_do_not_fit(command, run, adapter, tiny_llama, output, tmp
     cases = {
         edited(adapter, tmp_path / "rank", r=8): ("expected rank 8, got 4", keys),
         edited(adapter, tmp_path / "target", target_modules=["q_proj"]): ("unexpected", not_q),
-        edited(adapter, tmp_path / "dora", use_dora=True): ("use_dora", []),
+        edited(adapter, tmp_path / "dora", use_dora=True): ("lora_magnitude_vector beside it", []),
+        edited(adapter, tmp_path / "qalora", use_qalora=True): ("use_qalora", []),
         wider: ("expected shape", [key.removeprefix("base_model.model.") for key in mlp]),
         pickled: ("adapter_model.bin is a pickle, and pickles can run code", []),
         cut: ("is not a valid safetensors file", []),
