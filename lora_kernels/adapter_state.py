@@ -22,6 +22,7 @@ from lora_kernels.config import LoraConfig
 from lora_kernels.injection import is_adapter_parameter
 from lora_kernels.layers import lora_layers
 from lora_kernels.saved_modules import ModulesToSave, saved_modules, saved_tensors
+from lora_kernels.sharding import reshard, sharded_like, whole
 from lora_kernels.targets import linear_shape, match_modules_to_save, match_target_modules
 
 Shape = tuple[int, ...]
@@ -43,11 +44,15 @@ def check_known(model: nn.Module, names: list[str]) -> None:
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The adapter's tensors by PEFT's key without its prefix, not copied.
 
+    Of a model that `fully_shard` has sharded they are gathered: every process calls this, and each
+    gets the whole tensors.
+
     Raises:
         ValueError: the name is unknown.
     """
     check_known(model, [name])
-    return {key: tensor.detach() for key, tensor in _tensors(model, name).items()}
+    reshard(model)
+    return {key: whole(tensor.detach()) for key, tensor in _tensors(model, name).items()}
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -181,7 +186,11 @@ def _expected_shapes(
 
 
 def copy_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copies checked tensors into an adapter that the model has, in the adapter's dtype."""
+    """Copies checked tensors into an adapter that the model has, in the adapter's dtype.
+
+    Each process of a sharded model has all of the tensors, and keeps its parts.
+    """
+    reshard(model)
     targets: dict[str, Tensor] = dict(model.named_parameters())
     targets |= {_base_key(key): tensor for key, tensor in _tensors(model, name).items()}
     with torch.no_grad():
@@ -189,4 +198,4 @@ def copy_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
             # The repeated biases of a saved module may have no place under this name.
             target = targets.get(_base_key(key))
             if target is not None:
-                target.copy_(tensor)
+                target.copy_(sharded_like(tensor, target))

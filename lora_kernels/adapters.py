@@ -29,6 +29,7 @@ from lora_kernels.injection import (
 )
 from lora_kernels.layers import LoraLinear, active_adapters, lora_layers
 from lora_kernels.saved_modules import ModulesToSave, check_one_copy, saved_modules
+from lora_kernels.sharding import is_first_process, is_sharded, refuse_sharded, reshard
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -44,6 +45,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"adapter_name: expected each name once, got {wanted}")
     check_one_copy(dict(saved_modules(model)), wanted)
+    reshard(model)
     for _, layer in lora_layers(model):
         layer.set_adapter([name for name in wanted if name in layer.lora_A], inference_mode)
     for _, module in saved_modules(model):
@@ -57,9 +59,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     The base stays as the adapter has left it: trained biases, and the residual of PiSSA and OLoRA.
 
     Raises:
-        ValueError: the name is unknown, or the adapter is merged.
+        ValueError: the name is unknown, the adapter is merged, or the model is sharded.
     """
     check_known(model, [name])
+    refuse_sharded(model, "an adapter cannot be deleted from", "set_adapter switches it off")
     layers = [layer for _, layer in lora_layers(model) if name in layer.lora_A]
     if any(name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter_name: {name!r} is merged; unmerge before deleting it")
@@ -100,6 +103,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:
     """Switches all adapters on or off; a merged layer is unmerged before it is switched off."""
+    reshard(model)
     active = active_adapters(model)
     trained = [name for name in active if adapter_configs(model)[name].bias != "none"]
     if trained and not enabled:
@@ -124,6 +128,8 @@ def _enable(module: nn.Module, enabled: bool) -> None:
 def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
     """Merges adapters (the active ones by default) into the weights of every layer.
 
+    A sharded model's layers are gathered and merged one after another: every process calls this.
+
     Raises:
         ValueError: a name is unknown, a layer is merged already or disabled, a merged weight has
             NaN or Inf, a weight to merge into is shared with another module, or an adapter has
@@ -136,6 +142,7 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
         for path, layer in lora_layers(model)
     }
     refuse_shared_weights(model, [path for path, adapters in chosen.items() if adapters], "merging")
+    reshard(model)
     done: list[LoraLinear] = []
     for path, layer in lora_layers(model):
         try:
@@ -151,6 +158,7 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Restores every merged weight, bit by bit."""
+    reshard(model)
     for _, layer in lora_layers(model):
         layer.unmerge()
 
@@ -159,7 +167,13 @@ def unload(model: nn.Module) -> None:
     """Turns every LoraLinear back into an `nn.Linear` (or Conv1D) over its weight as it is now.
 
     Merge first to keep the adapters' effect. Of a module with copies the active adapter's remains.
+
+    Raises:
+        ValueError: the model is sharded.
     """
+    refuse_sharded(
+        model, "adapters cannot be unloaded from", "save them and merge them into the base model"
+    )
     replacements: dict[nn.Module, nn.Module] = {}
     for _, layer in lora_layers(model):
         replacements[layer] = layer.to_linear()
@@ -190,9 +204,16 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapters(
-    model: nn.Module, directory: str | os.PathLike[str], names: Sequence[str] | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    names: Sequence[str] | None = None,
+    is_main_process: bool | None = None,
 ) -> None:
     """Writes adapters (all by default) as PEFT does: "default" here, others in their own folder.
+
+    Args:
+        is_main_process: whether this process is to write. By default it is, but that a sharded
+            model, whose processes all call this to gather it, is written by rank 0 alone.
 
     Raises:
         ValueError: a name is unknown, or the model has no adapter.
@@ -202,12 +223,13 @@ def save_adapters(
     check_known(model, selected)
     if not selected:
         raise ValueError("names: expected at least one adapter, the model has none")
+    if is_main_process is None:
+        is_main_process = is_first_process() or not is_sharded(model)
     for name in selected:
-        save_adapter(
-            adapter_directory(directory, name),
-            adapter_configs(model)[name],
-            adapter_state_dict(model, name),
-        )
+        tensors = adapter_state_dict(model, name)
+        if is_main_process:
+            directory_of_one = adapter_directory(directory, name)
+            save_adapter(directory_of_one, adapter_configs(model)[name], tensors)
 
 
 def load_adapter_into(

@@ -11,6 +11,7 @@ from lora_kernels.config import LoraConfig, validate_adapter_name
 from lora_kernels.init_weights import changes_weight, check_initialisation
 from lora_kernels.layers import LoraLinear, check_replaceable, lora_layers
 from lora_kernels.saved_modules import ModulesToSave
+from lora_kernels.sharding import refuse_sharded
 from lora_kernels.targets import (
     HEADS,
     is_conv1d,
@@ -50,14 +51,15 @@ def inject_lora(
 
     Raises:
         ValueError, TypeError: nothing matches a target, a target is no plain linear layer or has
-            hooks, the adapter exists already, it is a second one with biases, or a layer does not
-            suit its initialisation. The model is then unchanged.
+            hooks, the adapter exists already, it is a second one with biases, a layer does not suit
+            its initialisation, or the model is sharded. The model is then unchanged.
     """
     validate_adapter_name(adapter_name)
     configs: dict[str, LoraConfig] = getattr(model, "lora_configs", {})
     if adapter_name in configs:
         raise ValueError(f"adapter_name: {adapter_name!r} exists already in this model")
     _check_biases(configs, config)
+    refuse_sharded(model, "adapters cannot be added to", "add them before fully_shard")
     config = _with_head(config)
     paths = match_target_modules(model, config)
     saved_paths = match_modules_to_save(model, config)

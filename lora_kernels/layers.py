@@ -22,6 +22,7 @@ from lora_kernels.init_weights import check_initialisation, initialise, initiali
 from lora_kernels.lora_linear.dora import weight_norm
 from lora_kernels.lora_linear.op import Projection, lora_linear, lora_linear_grouped
 from lora_kernels.merging import merged_weight_and_bias
+from lora_kernels.sharding import sharded_like, whole
 from lora_kernels.successive import add_successive
 from lora_kernels.targets import is_conv1d, linear_shape
 
@@ -255,22 +256,33 @@ class LoraLinear(nn.Linear):
         weight, bias = self.merged_tensors(wanted)
         self._unmerged_weight = self.weight.detach().clone()
         with torch.no_grad():
-            self.weight_by_rows.copy_(weight)
+            self.weight.copy_(
+                sharded_like(weight.t() if self.fan_in_fan_out else weight, self.weight)
+            )
             if bias is not None and any(name in self.lora_bias for name in wanted):
                 self._unmerged_bias = self.bias.detach().clone()
-                self.bias.copy_(bias)
+                self.bias.copy_(sharded_like(bias, self.bias))
         self.merged_adapters = wanted
 
     def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """weight [out, in] and bias [out] with these adapters in it (see `merging.py`).
 
+        A sharded layer's are whole, in every process.
+
         Raises:
             ValueError: one has NaN or Inf, or an adapter has a bias and the layer none.
         """
-        adapters = [self.adapter_parameters(name) for name in names]
+        adapters = [
+            {key: whole(parameter) for key, parameter in self.adapter_parameters(name).items()}
+            for name in names
+        ]
         scalings = [self.scaling[name] for name in names]
+        weight = whole(self.weight)
+        bias = None if self.bias is None else whole(self.bias)
         try:
-            return merged_weight_and_bias(self.weight_by_rows, self.bias, adapters, scalings)
+            return merged_weight_and_bias(
+                weight.t() if self.fan_in_fan_out else weight, bias, adapters, scalings
+            )
         except ValueError as error:
             raise ValueError(f"{error} (adapters {list(names)})") from error
 

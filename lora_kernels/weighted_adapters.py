@@ -25,6 +25,7 @@ from lora_kernels.config import LoraConfig, validate_adapter_name
 from lora_kernels.injection import inject_lora
 from lora_kernels.layers import LoraLinear, lora_layers
 from lora_kernels.saved_modules import check_one_copy, saved_modules
+from lora_kernels.sharding import refuse_sharded
 
 _KINDS = ("linear", "cat", "svd")
 
@@ -60,6 +61,7 @@ def add_weighted_adapter(
     validate_adapter_name(adapter_name)
     if adapter_name in adapter_configs(model):
         raise ValueError(f"adapter_name: {adapter_name!r} exists already in this model")
+    refuse_sharded(model, "adapters cannot be added to", "add them before fully_shard")
     configs = _checked(model, names, factors)
     if combination_type not in _KINDS:
         raise ValueError(f"combination_type: expected one of {_KINDS}, got {combination_type!r}")

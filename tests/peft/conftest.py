@@ -84,7 +84,7 @@ def token_ids(rows: int = 3, length: int = 7) -> Tensor:
 
 def outputs_of(model: nn.Module, **arguments: Any) -> dict[str, Tensor]:
     """The logits and the gradient of every adapter parameter that is trained."""
-    ids = token_ids()
+    ids = token_ids().to(next(model.parameters()).device)
     model.zero_grad()
     logits = model(input_ids=ids, **arguments).logits
     if logits.requires_grad:
@@ -170,7 +170,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 class Models:
     """The functions of this file, for tests to call by name."""
 
-    FAMILIES = tuple(FAMILIES)
     base_model = staticmethod(base_model)
     lora_config = staticmethod(lora_config)
     peft_model = staticmethod(peft_model)

@@ -217,6 +217,10 @@ def with_second_of_dora(layer: Any) -> None:
             lambda layer: layer.lora_dropout.update({"default": nn.AlphaDropout(0.5)}),
             "its dropout is of another kind",
         ),
+        (
+            lambda layer: layer.lora_dropout.update({"default": nn.Dropout(1.0)}),
+            "its dropout drops everything",
+        ),
     ],
 )
 def test_what_is_left_to_peft(calls, change, reason):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -132,6 +133,29 @@ def test_a_compiled_block_switches_adapters_and_has_pefts_gradients(models):
         for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=1e-10)
         assert block.mlp.up_proj.lora_A[name].weight.grad.any()
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_compiled_block_takes_a_hot_swapped_adapter_without_compiling_again(models, tmp_path):
+    other = models.peft_model(r=3, lora_alpha=5)
+    other.save_pretrained(tmp_path)
+    plain, fused = models.pair()
+    for model in (plain, fused):
+        prepare_model_for_compiled_hotswap(model, target_rank=6)
+    (block, x, tables), (fused_block, *_) = (block_inputs(model) for model in (plain, fused))
+    x, tables = x.double(), tuple(table.double() for table in tables)
+    torch._dynamo.reset()
+    ops = Ops()
+    compiled = torch.compile(fused_block, fullgraph=True, backend=ops)
+    outputs = []
+    with torch.no_grad():
+        for _ in range(2):
+            outputs.append(compiled(x, position_embeddings=tables))
+            expected = block(x, position_embeddings=tables)
+            torch.testing.assert_close(outputs[-1], expected, rtol=0, atol=1e-10)
+            for model in (plain, fused):
+                hotswap_adapter(model, tmp_path, "default")
+    assert not torch.allclose(*outputs) and len(ops.graphs) == 1
 
 
 class Rows(torch.utils.data.Dataset):
