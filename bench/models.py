@@ -5,6 +5,7 @@
     peft            PEFT over that Llama, adapters in float32 (its default)
     peft_autocast   the same under torch.autocast, as Trainer's bf16=True runs it
     peft_bf16       PEFT with adapters in the base's 16-bit dtype
+    accelerated     the model of `peft` after lora_kernels' `accelerate`
     addmm           that Llama with an addmm_ autograd Function in every projection (`addmm.py`)
     addmm_liger     the same with Liger-Kernel's RoPE, RMSNorm, SwiGLU and loss
     ours            LoraLlama
@@ -75,7 +76,7 @@ def step_peers(case: StepCase, device: torch.device) -> list[str]:
     """The names of a case's peers. The first is what the others are compared with."""
     sixteen_bit = ["peft_autocast", "peft_bf16"] if dtype_of(case.dtype).itemsize == 2 else []
     liger = ["addmm_liger"] if liger_available(device) else []
-    names = ["frozen", "peft", *sixteen_bit, "addmm", *liger, "ours"]
+    names = ["frozen", "peft", *sixteen_bit, "accelerated", "addmm", *liger, "ours"]
     return [name for name in names if not case.only or name in case.only]
 
 
@@ -154,6 +155,8 @@ def build_peer(
     context: Callable[[], Any] = nullcontext
     if name == "ours":
         model = _lora_llama(base, r)
+    elif name == "accelerated":
+        model = lk.accelerate(_peft(base, r, autocast_adapter_dtype=True))
     elif name.startswith("peft"):
         model = _peft(base, r, autocast_adapter_dtype=name != "peft_bf16")
         if name == "peft_autocast":

@@ -19,6 +19,7 @@ COLOURS = {
     "peft": "#d1495b",
     "peft_autocast": "#e07a5f",
     "peft_bf16": "#edae49",
+    "accelerated": "#3d9aa1",
     "addmm": "#7a5195",
     "addmm_liger": "#9d7bb8",
     "liger": "#66a182",

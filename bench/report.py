@@ -23,6 +23,7 @@ PEER_NAMES = {
     "peft": "PEFT default",
     "peft_autocast": "PEFT under autocast",
     "peft_bf16": "PEFT, 16-bit adapters",
+    "accelerated": "PEFT, accelerated",
     "addmm": "addmm_ Function",
     "addmm_liger": "addmm_ Function + Liger",
     "liger": "Liger",

@@ -285,7 +285,8 @@ def test_a_decode_case_is_checked_as_it_is_timed():
 
 
 def test_the_emulated_dtype_has_the_peers_of_its_targets():
-    assert step_peers(emulated_step("bfloat16", "tiny"), CPU) == ["frozen", "peft", "ours"]
+    peers = ["frozen", "peft", "accelerated", "ours"]
+    assert step_peers(emulated_step("bfloat16", "tiny"), CPU) == peers
 
 
 def test_in_inner_blocks_dx_flows_through_all_peers(step_setting):
@@ -294,7 +295,7 @@ def test_in_inner_blocks_dx_flows_through_all_peers(step_setting):
     assert not STEP.inner
     exact = build_peer("peft", base, adapters, ids, inner=True)
     exact.step()
-    for name in ("frozen", "addmm", "ours"):
+    for name in ("frozen", "accelerated", "addmm", "ours"):
         peer = build_peer(name, base, adapters, ids, inner=True)
         peer.step()
         gradient = peer.gradients()["inputs_embeds"]
@@ -355,7 +356,7 @@ def test_a_wrong_gradient_is_found_where_the_loss_is_right(step_setting, name):
 def test_peft_steps_have_the_dtypes_that_their_names_say(step_setting):
     base, adapters, ids, _ = step_setting["bfloat16"]
     found = {}
-    for name in ("peft", "peft_autocast", "peft_bf16", "ours"):
+    for name in ("peft", "peft_autocast", "peft_bf16", "accelerated", "ours"):
         peer = build_peer(name, base, adapters, ids)
         autocast = []
         norm = next(m for n, m in peer.model.named_modules() if n.endswith("model.norm"))
@@ -368,5 +369,6 @@ def test_peft_steps_have_the_dtypes_that_their_names_say(step_setting):
         "peft": (torch.float32, [False]),
         "peft_autocast": (torch.float32, [True]),
         "peft_bf16": (torch.bfloat16, [False]),
+        "accelerated": (torch.float32, [False]),
         "ours": (torch.float32, [False]),
     }
