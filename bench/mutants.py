@@ -30,7 +30,7 @@ def all_mutants() -> list[Mutant]:
     """Every mutant. ValueError: two have one name."""
     mutants = [
         mutant
-        for module in ("bench.mutants_lora_linear", "bench.mutants_ops")
+        for module in ("bench.mutants_lora_linear", "bench.mutants_mixed", "bench.mutants_ops")
         for mutant in importlib.import_module(module).MUTANTS
     ]
     names = [mutant.name for mutant in mutants]

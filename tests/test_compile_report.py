@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 KERNELS = (
     "one_pass", "decode", "shrink", "split", "dx", "dy_b", "reduce_p", "d_a", "scale_gradient",
-    "rope", "rms_norm", "swiglu", "linear_cross_entropy",
+    "rope", "rms_norm", "swiglu", "linear_cross_entropy", "lora_linear_mixed",
 )  # fmt: skip
 
 
