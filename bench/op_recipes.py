@@ -10,12 +10,14 @@
 
     x[1, M, K]  weight[N, K]  lora_a[R, K]  lora_b[N, R]     q [1, H, M, D]  k [1, H_kv, M, D]
     cos, sin [1, M, D]     gate, up [1, M, I]     hidden [1, M, H]  labels [1, M]
+    magnitude [N]          row_adapters [1, M], of three adapters or none
 
 The specification is lora_kernels' reference, run in float64; "plain" is plain torch in the case's
 own dtype. Adapters have values of bfloat16, so that all peers have the same ones.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,64 @@ def _projections(case: OpCase, draw: Draw) -> Recipe:
             "ours": functional(ours, trained),
         },
     )
+
+
+def _dora(case: OpCase, draw: Draw) -> Recipe:
+    """The projection down with a magnitude."""
+    projection = _projections(replace(case, part="down"), draw)
+    norm = projection.inputs["weight0"].float().norm(dim=1)
+    magnitude = norm * (1 + draw(norm.shape[0], scale=0.1, dtype="float32"))
+    inputs = {**projection.inputs, "magnitude": magnitude.bfloat16().float()}
+
+    def specification(t: Inputs) -> tuple[Tensor, ...]:
+        arguments = (t["x"], t["weight0"], t["lora_a0"], t["lora_b0"], SCALING)
+        return (reference.lora_linear(*arguments, magnitude=t["magnitude"]),)
+
+    trained = [*projection.trained, "magnitude"]
+    return Recipe(
+        inputs,
+        trained,
+        specification,
+        plain=lambda t: specification({n: x.to(t["x"].dtype) for n, x in t.items()}),
+        builders={"ours": functional(call_dora, trained)},
+    )
+
+
+def call_dora(t: Inputs) -> tuple[Tensor, ...]:
+    arguments = (t["x"], t["weight0"], t["lora_a0"], t["lora_b0"], SCALING)
+    return (lk.lora_linear(*arguments, magnitude=t["magnitude"]),)
+
+
+def _mixed(case: OpCase, draw: Draw) -> Recipe:
+    """The projection down, each of its rows under one of three adapters or none."""
+    k, (n,) = case.shape.projections("down")
+    inputs = {"x": draw(1, case.tokens, k), "weight": draw(n, k, scale=k**-0.5)}
+    for a, r in enumerate((case.r, max(1, case.r // 2), 2 * case.r)):
+        inputs[f"lora_a{a}"] = draw(r, k, scale=k**-0.5, dtype="bfloat16").float()
+        inputs[f"lora_b{a}"] = draw(n, r, scale=r**-0.5, dtype="bfloat16").float()
+    noise = draw(1, case.tokens, dtype="float32")
+    inputs["row_adapters"] = (noise.abs() * 1e6).long() % 4 - 1
+    trained = ["x"] + [f"lora_{ab}{a}" for a in range(3) for ab in "ab"]
+
+    def plain(t: Inputs) -> tuple[Tensor, ...]:
+        return call_mixed(
+            {name: x.to(t["x"].dtype) if x.is_floating_point() else x for name, x in t.items()},
+            impl="reference",
+        )
+
+    return Recipe(
+        inputs,
+        trained,
+        specification=lambda t: call_mixed(t, impl="reference"),
+        plain=plain,
+        builders={"ours": functional(call_mixed, trained)},
+    )
+
+
+def call_mixed(t: Inputs, impl: str = "auto") -> tuple[Tensor, ...]:
+    lora_as, lora_bs = ([t[f"lora_{ab}{a}"] for a in range(3)] for ab in "ab")
+    arguments = (t["x"], t["weight"], lora_as, lora_bs, [SCALING] * 3, t["row_adapters"])
+    return (lk.lora_linear_mixed(*arguments, impl=impl),)
 
 
 def _peft_peer(inputs: Inputs, case: OpCase, autocast_adapter_dtype: bool) -> Peer:
@@ -264,4 +324,6 @@ RECIPES: dict[str, Callable[[OpCase, Draw], Recipe]] = {
     "rms_norm_residual": _rms_norm_residual,
     "swiglu": _swiglu,
     "head": _head,
+    "dora": _dora,
+    "mixed": _mixed,
 }

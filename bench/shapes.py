@@ -21,6 +21,8 @@ GROUPS = {
 }
 # The parts of a step outside the projections, and whether there are several in each block.
 ELEMENTWISE = ("rope", "rms_norm", "rms_norm_residual", "swiglu")
+# Kinds of projections that are verified, and not part of the step that is measured.
+VARIANTS = ("dora", "mixed")
 
 
 @dataclass(frozen=True)

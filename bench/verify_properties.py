@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_map_only
 
 import lora_kernels as lk
 from bench.machine import name_of
-from bench.op_recipes import EPS, SCALING
+from bench.op_recipes import EPS, SCALING, call_dora, call_mixed
 from bench.ops import build_op
 from bench.peer import Function, Inputs, Op
-from bench.shapes import ELEMENTWISE, GROUPS, LlamaShape, OpCase
+from bench.shapes import ELEMENTWISE, GROUPS, VARIANTS, LlamaShape, OpCase
 from bench.verify_rows import Case, Row, Setting, Timer, verdict, within
 
-PARTS = (*GROUPS, *ELEMENTWISE, "head")
+PARTS = (*GROUPS, *ELEMENTWISE, "head", *VARIANTS)
 REPEATS = 250
 SHAPE = LlamaShape("odd", 613, 1001, 5, 1, 80, 1, 1013)
 TINY_SHAPE = LlamaShape("odd tiny", 37, 53, 3, 1, 10, 1, 71)
@@ -52,6 +52,10 @@ def call(part: str, t: Inputs, dropout_p: float = 0.0) -> tuple[Tensor, ...]:
         return lk.rms_norm(t["x"], t["weight"], EPS, residual=t["residual"])
     if part == "swiglu":
         return (lk.swiglu(t["gate"], t["up"]),)
+    if part == "dora":
+        return call_dora(t)
+    if part == "mixed":
+        return call_mixed(t)
     return (lk.linear_cross_entropy(t["hidden"], t["weight"], t["labels"]),)
 
 

@@ -3,8 +3,9 @@
     ratio = max(rms(ours - oracle) / rms(plain - oracle), max|ours - oracle| / max|plain - oracle|)
 
 for every output: y, dx, d_lora_a, d_lora_b, d_bias; rotated q and k; the norm and the new residual;
-the gated activation; the loss; and the gradient of every one's inputs. `lora_kernels.testing` makes
-the comparison. The inputs and what is right come from the benchmark's recipes (`op_recipes.py`).
+the gated activation; the loss; y of DoRA and of rows under different adapters; and the gradient of
+every one's inputs. `lora_kernels.testing` makes the comparison. The inputs and what is right come
+from the benchmark's recipes (`op_recipes.py`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from bench.shapes import (
     LLAMA_8B,
     SMOLLM2,
     TINY,
+    VARIANTS,
     LlamaShape,
     OpCase,
 )
@@ -43,7 +45,7 @@ from lora_kernels import testing
 # Sizes that no tile, vector or warp divides; one head of k and v.
 ODD = LlamaShape("odd", 613, 1001, 5, 1, 80, 1, 1013)
 ODD_TINY = LlamaShape("odd tiny", 37, 53, 3, 1, 10, 1, 71)
-PARTS = (*GROUPS, *ELEMENTWISE, "head")
+PARTS = (*GROUPS, *ELEMENTWISE, "head", *VARIANTS)
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 100, 128, 256)
 DECODE_ROWS = (1, 2, 4, 7, 16)
 # M, N and K: multiples of the tiles, and of nothing.

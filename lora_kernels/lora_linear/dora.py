@@ -68,7 +68,7 @@ def _scale_gradient(dy: Tensor, y: Tensor, scale: Tensor, impl: str) -> tuple[Te
 
 
 _scale_gradient_op = torch.library.custom_op(
-    "lora_kernels::lora_linear_scale_gradient", _scale_gradient, mutates_args=()
+    "lora_kernels::lora_linear_scale_backward", _scale_gradient, mutates_args=()
 )
 
 
