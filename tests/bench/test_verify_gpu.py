@@ -409,7 +409,7 @@ def test_dry_run_marks_its_rows_and_writes_nothing():
     done = run_command("--dry-run", "--only", "CUDA graph")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1].endswith(": 9 dry")
-    assert sum(line.startswith("dry ") and "CUDA graph" in line for line in lines) == 9
-    assert any(line.startswith("CUDA graph  9 dry") for line in lines)
+    assert lines[-1].endswith(": 11 dry")
+    assert sum(line.startswith("dry ") and "CUDA graph" in line for line in lines) == 11
+    assert any(line.startswith("CUDA graph  11 dry") for line in lines)
     assert written() == before
