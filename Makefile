@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test test-long bench lint clean
 
 setup: $(SETUP)
 
@@ -24,6 +24,10 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --require-kernel-tests
+
+# What takes minutes each, as the training that is stopped at every one of its disk operations.
+test-long: $(SETUP)
+	$(BIN)/python -m pytest -m long
 
 # At most six minutes on a CPU; on a GPU the sizes grow to fit its memory.
 bench: $(SETUP)

@@ -134,7 +134,15 @@ def _tests(
 ) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        options = ["-m", "kernel", "-q", "-p", "no:cacheprovider", "-p", "bench.verify_limit"]
+        options = [
+            "-m",
+            "kernel and not long",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "bench.verify_limit",
+        ]
         finished = run_program(
             ["-m", "pytest", *options, f"--junitxml={report}", *selection], seconds, memory_bytes
         )

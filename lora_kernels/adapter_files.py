@@ -24,17 +24,17 @@ import contextlib
 import errno
 import json
 import os
-from collections import Counter
-from collections.abc import Mapping
-from itertools import accumulate
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from lora_kernels.config import LoraConfig, validate_adapter_name
+from lora_kernels.field_checks import listed
+from lora_kernels.safetensors_header import outlines, read_header
+from lora_kernels.strict_json import parse_object
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -45,7 +45,9 @@ _KEY_PREFIX = "base_model.model."
 _MARKS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_CONFIG_DEPTH = 32
+_MAX_FAULTS = 1000
+# Each is looked for in every key.
+_MAX_MODULES_TO_SAVE = 256
 
 
 def adapter_directory(root: str | os.PathLike[str], adapter_name: str) -> Path:
@@ -76,6 +78,7 @@ def save_adapter(
     """
     directory = Path(directory)
     _check_tensors(f"adapter for {directory}", config, tensors)
+    _check_finite(f"adapter for {directory}", tensors)
     # A copy also where none is needed: safetensors refuses tensors that share memory.
     on_cpu = {
         f"{_KEY_PREFIX}{key}": tensor.detach().to(
@@ -102,11 +105,18 @@ def save_adapter(
     _sync_directory(directory)
 
 
-def load_adapter(directory: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def load_adapter(
+    directory: str | os.PathLike[str],
+    check: Callable[[LoraConfig, Mapping[str, torch.Tensor]], None] | None = None,
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Reads an adapter that `save_adapter` or PEFT wrote.
 
-    The config's patterns are Python regular expressions: a hostile file can make matching them
-    slow, though no more than that.
+    Both files are bounded (`safetensors_header.py`, 1 MiB of config), and their keys and shapes
+    are checked before any data are read.
+
+    Args:
+        check: a further check, which is called before the data are read, with the config and the
+            tensors on the meta device.
 
     Returns:
         The config, and CPU tensors "<module>.lora_A.weight" [r, in], "<module>.lora_B.weight" [out,
@@ -117,7 +127,7 @@ def load_adapter(directory: str | os.PathLike[str]) -> tuple[LoraConfig, dict[st
         ValueError: a file is not a regular file inside the directory; the config is not JSON, not
             LoRA, or not supported; the tensors are corrupt, not finite, or not exactly an A and B
             of the config's rank for every module with what the config asks for. The message names
-            the file and keys.
+            the file and keys (the first thousand of them). Whatever `check` raises.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -134,8 +144,12 @@ def load_adapter(directory: str | os.PathLike[str]) -> tuple[LoraConfig, dict[st
         raise FileNotFoundError(message)
     tensors_path = _checked_path(directory, TENSORS_NAME)
     config = _read_config(config_path)
+    found = _read_outlines(tensors_path)
+    _check_tensors(str(tensors_path), config, found)
+    if check is not None:
+        check(config, found)
     tensors = _read_tensors(tensors_path)
-    _check_tensors(str(tensors_path), config, tensors)
+    _check_finite(str(tensors_path), tensors)
     return config, tensors
 
 
@@ -225,56 +239,42 @@ def _read_config(path: Path) -> LoraConfig:
     try:
         if len(content) > _MAX_CONFIG_BYTES:
             raise ValueError(f"expected at most {_MAX_CONFIG_BYTES} bytes, got more")
-        parsed = json.loads(
-            content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
-        )
-        _check_depth(parsed)
-        if not isinstance(parsed, dict):
-            raise ValueError(f"expected a JSON object, got a {type(parsed).__name__}")
+        parsed = parse_object(content)
         if "peft_type" not in parsed:
             raise ValueError("peft_type: expected 'LORA', got no such key")
+        saved = parsed.get("modules_to_save")
+        if isinstance(saved, list) and len(saved) > _MAX_MODULES_TO_SAVE:
+            raise ValueError(
+                f"modules_to_save: expected at most {_MAX_MODULES_TO_SAVE} names, got {len(saved)}"
+            )
         return LoraConfig.from_dict(parsed)
-    except RecursionError as error:
-        raise ValueError(f"{str(path)!r}: nested too deeply") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{str(path)!r}: {error}") from error
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(key for key, _ in pairs)
-    duplicates = [key for key, count in counts.items() if count > 1]
-    if duplicates:
-        raise ValueError(f"duplicate keys {duplicates}")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _check_depth(value: Any, levels: int = _MAX_CONFIG_DEPTH) -> None:
-    if levels == 0:
-        raise ValueError(f"nested deeper than {_MAX_CONFIG_DEPTH} levels")
-    children = value.values() if isinstance(value, dict) else value
-    for child in children if isinstance(value, dict | list) else ():
-        _check_depth(child, levels - 1)
+def _read_outlines(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors that the header promises, without their data."""
+    try:
+        found = outlines(read_header(path))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a valid safetensors file: {error}") from error
+    unexpected = [key for key in found if not key.startswith(_KEY_PREFIX)]
+    if unexpected:
+        raise ValueError(
+            f"{str(path)!r}: expected keys {_KEY_PREFIX}<name>, got {listed(unexpected)}"
+        )
+    return {key.removeprefix(_KEY_PREFIX): tensor for key, tensor in found.items()}
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            keys = list(file.keys())
-            _check_prefix(str(path), keys)
             # Cloned, because what safetensors returns is a view of the file and changes with it.
-            return {key.removeprefix(_KEY_PREFIX): file.get_tensor(key).clone() for key in keys}
+            return {
+                key.removeprefix(_KEY_PREFIX): file.get_tensor(key).clone() for key in file.keys()
+            }
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a valid safetensors file: {error}") from error
-
-
-def _check_prefix(source: str, keys: list[str]) -> None:
-    unexpected = [key for key in keys if not key.startswith(_KEY_PREFIX)]
-    if unexpected:
-        raise ValueError(f"{source}: expected keys {_KEY_PREFIX}<name>, got {unexpected}")
 
 
 def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -293,7 +293,7 @@ def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.
     if unexpected:
         raise ValueError(
             f"{source}: expected keys <module>.lora_A.weight and .lora_B.weight, and others where "
-            f"the config has bias, lora_bias, use_dora or modules_to_save, got {unexpected}"
+            f"the config has bias, lora_bias, use_dora or modules_to_save, got {listed(unexpected)}"
         )
     if not modules:
         raise ValueError(f"{source}: expected LoRA tensors, got none")
@@ -308,10 +308,22 @@ def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.
             faults.append(f"{key}: {fault}")
         elif not floating and (key in expected or tensor.is_floating_point()):
             faults.append(f"{key}: expected a float of 16, 32 or 64 bits, got {tensor.dtype}")
-        elif floating and not torch.isfinite(tensor).all():
-            faults.append(f"{key}: expected finite values, got NaN or infinity")
+    _raise_all(source, faults)
+
+
+def _check_finite(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    faults = [
+        f"{key}: expected finite values, got NaN or infinity"
+        for key, tensor in tensors.items()
+        if tensor.dtype in _DTYPES and not torch.isfinite(tensor).all()
+    ]
+    _raise_all(source, faults)
+
+
+def _raise_all(source: str, faults: list[str]) -> None:
     if faults:
-        raise ValueError(f"{source}: " + "; ".join(faults))
+        more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+        raise ValueError(f"{source}: {'; '.join(faults[:_MAX_FAULTS])}{more}")
 
 
 def _shape_fault(
@@ -339,5 +351,5 @@ def _belongs(key: str, config: LoraConfig) -> bool:
     if module.removesuffix(".base_layer") != module and name in ("weight", "bias"):
         # PEFT adds the base weight of a targeted embedding or head.
         return module.removesuffix(".base_layer").rpartition(".")[2] in EMBEDDING_NAMES
-    parents = accumulate(module.split("."), "{}.{}".format)
-    return any(parent.endswith(tuple(config.modules_to_save or ())) for parent in parents)
+    # Where a part of the key's path ends with an entry, the entry has a dot behind it.
+    return any(f"{entry}." in key for entry in config.modules_to_save or ())

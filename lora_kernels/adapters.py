@@ -254,8 +254,9 @@ def load_adapter_into(
     validate_adapter_name(adapter_name)
     if adapter_name in adapter_configs(model):
         raise ValueError(f"adapter_name: {adapter_name!r} exists already in this model")
-    config, tensors = load_adapter(directory)
-    check_fit(model, config, tensors, str(directory))
+    config, tensors = load_adapter(
+        directory, lambda config, outlines: check_fit(model, config, outlines, str(directory))
+    )
     inject_lora(model, config, adapter_name, autocast_adapter_dtype)
     copy_adapter(model, adapter_name, tensors)
     if not is_trainable and adapter_name in active_adapters(model):

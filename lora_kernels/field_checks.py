@@ -2,13 +2,21 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 
 def shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def listed(names: Iterable[object], most: int = 1000) -> str:
+    """Names for a message, all of them unless a file has been made to have ever so many."""
+    found = list(islice(names, most + 1))
+    text = ", ".join(shown(name) for name in found[:most])
+    return f"[{text}, and more]" if len(found) > most else f"[{text}]"
 
 
 def wrong(error: type[Exception], name: str, expected: str, value: object) -> Exception:

@@ -118,7 +118,7 @@ def _adapter(layer: Any, name: str, weight: Tensor) -> _Adapter | str:
         return "a module inside it has hooks"
     lora_a, lora_b, lora_bias = a.weight, b.weight, b.bias
     if not (_beside(lora_a, weight) and _beside(lora_b, weight)):
-        return "its weights are not plain tensors on one device"
+        return _why_not_plain(weight)
     if lora_a.dtype != lora_b.dtype:
         return "lora_A and lora_B differ in dtype"
     scaling = layer.scaling[name]
@@ -134,7 +134,7 @@ def _adapter(layer: Any, name: str, weight: Tensor) -> _Adapter | str:
             return f"adapter {name!r} is a {variant.__name__}"
         magnitude = layer.lora_magnitude_vector[name].weight
         if not _beside(magnitude, weight):
-            return "its weights are not plain tensors on one device"
+            return _why_not_plain(weight)
     return lora_a, lora_b, scaling, lora_bias, magnitude, rate
 
 
@@ -145,6 +145,12 @@ def is_plain(tensor: Any) -> bool:
 
 def _beside(tensor: Any, weight: Tensor) -> bool:
     return is_plain(tensor) and tensor.device == weight.device
+
+
+def _why_not_plain(weight: Any) -> str:
+    if hasattr(weight, "full_tensor"):
+        return "its weights are sharded: FSDP makes them whole, and it fused, in a forward pass"
+    return "its weights are not plain tensors on one device"
 
 
 def accepts(arguments: Projection, x: Tensor) -> bool:

@@ -89,9 +89,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of this class and has nothing of its own but what `fully_shard` adds."""
     hooks = (module._forward_pre_hooks, module._forward_hooks)
-    own = bool(
-        module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
-    )
+    own = bool(module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
     if is_sharded_module(module):
         # Its class is one made of FSDPModule and the module's; one hook gathers, one lets go.
         return type(module).__bases__[-1] is kind and not own and {*map(len, hooks)} == {1}
@@ -105,7 +103,7 @@ def call_as(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -
     """
     if not is_sharded_module(module):
         return forward(x)
-    module.forward = forward  # type: ignore[method-assign, assignment]
+    module.forward = forward
     try:
         return module(x)
     finally:

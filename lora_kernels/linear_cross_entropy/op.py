@@ -242,7 +242,8 @@ def linear_cross_entropy(
     if shift:
         # As in transformers: shifting the labels spares a copy of hidden.
         labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    labels = labels.reshape(-1)
+    hidden = hidden.reshape(labels.shape[0], hidden.shape[-1])
     if isinstance(num_items, Tensor):
         acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
         num_items = num_items.to(hidden.device, acc_dtype).reshape(())

@@ -197,7 +197,7 @@ def _run(
     ]  # fmt: skip
     save_s = torch.is_grad_enabled() and any(lora_b.requires_grad for lora_b in lora_bs)
     settings = (values, scaling_tensor, seeds, dropout_p, impl, save_s)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if calls_directly(x, scaling_tensor, *weights, *lora_as, *lora_bs, *given, *scales):
         groups = (weights, lora_as, lora_bs, given, scales)
         ys = _Direct.apply(rows, settings, tuple(map(len, groups)), *chain(*groups))

@@ -187,7 +187,8 @@ def for_ranks(config: Config, r: Sequence[int]) -> Config:
 
 def _for_outputs(config: DecodeConfig, n_of_entry: int, n: int, k: int) -> DecodeConfig:
     """As many programs for n outputs as the entry has for its own."""
-    return replace(config, splits=splits_of_k(config.splits * n_of_entry / n, k, config.block_k))
+    wanted = config.splits * n_of_entry / max(n, 1)
+    return replace(config, splits=splits_of_k(wanted, k, config.block_k))
 
 
 def splits_of_k(wanted: float, k: int, block_k: int) -> int:
@@ -282,4 +283,4 @@ def chunk_rows(m: int, column_blocks: int, r: int, multiprocessors: int) -> int:
 
 def decode_splits(n: int, k: int, block_n: int, block_k: int, multiprocessors: int) -> int:
     """So many that every multiprocessor has two programs."""
-    return splits_of_k(2 * multiprocessors / -(-n // block_n), k, block_k)
+    return splits_of_k(2 * multiprocessors / max(1, -(-n // block_n)), k, block_k)

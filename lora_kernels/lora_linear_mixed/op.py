@@ -78,7 +78,7 @@ def lora_linear_mixed(
                 raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
     seed = draw_seeds(1, x.device) if any(dropouts) else None
     impl = requested(impl)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if impl == "reference":
         keep = None
         if seed is not None:

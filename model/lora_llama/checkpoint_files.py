@@ -7,23 +7,29 @@
 The header of a safetensors file gives each weight's shape and the file's length: a file that is cut
 short, or is another configuration's, is found without reading a weight, and named with every weight
 that does not fit. A name from an index is opened only if it is a plain file name, so that no index
-leads out of its directory. (A link in the directory is followed: a hub's cache is made of links.)
+leads out of its directory. Nor does a link, but for those that a hub's cache is made of:
+
+    models--OWNER--NAME/snapshots/COMMIT/model.safetensors -> ../../blobs/SHA
 """
 
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 from transformers.utils.hub import cached_files
+
+from lora_kernels.field_checks import listed, shown
+from lora_kernels.safetensors_header import read_header
+from lora_kernels.strict_json import MAX_VALUES, parse_object
 
 WEIGHTS_NAME = "model.safetensors"
 PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -34,6 +40,9 @@ _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
+# 405B parameters are in 126 layers. Each is built, without its weights, for the shapes.
+_MAX_LAYERS = 1000
+_MAX_JSON_BYTES = 4 << 20
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim")
 
 
@@ -46,32 +55,66 @@ def one_line(error: BaseException) -> str:
 
 
 def find_file(path: str, name: str, options: Mapping[str, Any]) -> str | None:
-    """A file of a directory, or of a hub's model (downloaded if need be); None if there is none."""
+    """A file of a directory, or of a hub's model (downloaded if need be); None if there is none.
+
+    Raises:
+        ValueError: it is a link that leads out of the directory.
+    """
     if os.path.isdir(path):
         file = os.path.join(path, options.get("subfolder") or "", name)
-        return file if os.path.isfile(file) else None
+        if not os.path.isfile(file):
+            return None
+        check_inside(path, file)
+        return file
     try:
         return cached_file(path, name, **options)
     except OSError:
         return None
 
 
-def read_json_object(file: str) -> dict[str, Any]:
+def check_inside(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
+    """Checks that a file of a checkpoint's directory is no link to a place elsewhere.
+
+    Raises:
+        ValueError: it is; the message begins with the file.
+    """
+    target = Path(os.path.realpath(file))
+    allowed = [Path(os.path.realpath(directory))]
+    # What a hub's client downloads is kept beside the snapshots that link to it.
+    allowed += [p.parent / "blobs" for p in allowed[0].parents if p.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ValueError(
+            f"{file}: is a link to {str(target)!r}, outside the checkpoint's directory; copy the "
+            "file there"
+        )
+
+
+def read_json_object(
+    file: str | os.PathLike[str], max_bytes: int = _MAX_JSON_BYTES, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
     """A JSON file's object.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not UTF-8, not JSON or not an object; the message begins with the file.
+        ValueError: it is not a regular file, too large, not UTF-8, not JSON, not an object, nested
+            too deeply or has a key twice in one object; the message begins with the file.
     """
+    # A pipe would be waited for, and a device has no end.
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise ValueError(f"{file}: expected a regular file")
+    with open(file, "rb") as opened:
+        content = opened.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{file}: expected at most {max_bytes} bytes, got more")
     try:
-        content = json.loads(Path(file).read_bytes().decode())
+        # NaN is let through for the checks of fields, which name the field.
+        return parse_object(content, max_values, constants=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not JSON, or cut short: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def check_config(file: str, content: Mapping[str, Any]) -> None:
@@ -81,7 +124,7 @@ def check_config(file: str, content: Mapping[str, Any]) -> None:
         ValueError: naming the file, and each faulty field with what was expected and what came.
     """
     faults = [
-        f"{name}: expected a positive integer, got {content[name]!r}"
+        f"{name}: expected a positive integer, got {shown(content[name])}"
         for name in _COUNTS
         if name in content
         and not (content[name] is None and name in _MAY_BE_NULL)
@@ -89,16 +132,25 @@ def check_config(file: str, content: Mapping[str, Any]) -> None:
     ]
     if not faults:
         faults = _faults_of_heads(content)
+    layers = content.get("num_hidden_layers", 1)
+    if _is_integer(layers) and layers > _MAX_LAYERS:
+        faults.append(f"num_hidden_layers: expected at most {_MAX_LAYERS}, got {shown(layers)}")
+    for name, value in content.items():
+        # A name with a slash is a hub's, whose code transformers would fetch and run.
+        if name.endswith("_implementation") and not re.fullmatch(r"[\w|]*", str(value)):
+            faults.append(f"{name}: expected a plain name, as 'sdpa', got {shown(value)}")
     faults += _faults_of_numbers(content)
     activation = content.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
-        faults.append(f"hidden_act: expected an activation's name, as 'silu', got {activation!r}")
+        faults.append(
+            f"hidden_act: expected an activation's name, as 'silu', got {shown(activation)}"
+        )
     dtype = content.get("dtype", content.get("torch_dtype"))
     if dtype is not None and not _is_dtype(dtype):
-        faults.append(f"dtype: expected a floating dtype, as 'bfloat16', got {dtype!r}")
+        faults.append(f"dtype: expected a floating dtype, as 'bfloat16', got {shown(dtype)}")
     quantization = content.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        faults.append(f"quantization_config: expected an object, got {quantization!r}")
+        faults.append(f"quantization_config: expected an object, got {shown(quantization)}")
     if faults:
         raise ValueError(f"{file}: " + "; ".join(faults))
 
@@ -136,7 +188,8 @@ def _faults_of_heads(content: Mapping[str, Any]) -> list[str]:
     # torch counts a negative one from the end.
     if padding is not None and not (_is_integer(padding) and -vocabulary <= padding < vocabulary):
         faults.append(
-            f"pad_token_id: expected a token of vocab_size {vocabulary}, or null, got {padding!r}"
+            f"pad_token_id: expected a token of vocab_size {vocabulary}, or null, got "
+            f"{shown(padding)}"
         )
     return faults
 
@@ -144,7 +197,7 @@ def _faults_of_heads(content: Mapping[str, Any]) -> list[str]:
 def _faults_of_numbers(content: Mapping[str, Any]) -> list[str]:
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        return [f"rope_parameters: expected an object, got {rope!r}"]
+        return [f"rope_parameters: expected an object, got {shown(rope)}"]
     faults = []
     # name, value, may it be zero, what it must be below
     for name, value, zero, below in (
@@ -159,10 +212,10 @@ def _faults_of_numbers(content: Mapping[str, Any]) -> list[str]:
         if not number or not (0 <= value if zero else 0 < value) or not value < below:
             least = "of at least 0" if zero else "above 0"
             limit = "" if below == math.inf else f" and below {below}"
-            faults.append(f"{name}: expected a finite number {least}{limit}, got {value!r}")
+            faults.append(f"{name}: expected a finite number {least}{limit}, got {shown(value)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in (known := ["default", *ROPE_INIT_FUNCTIONS]):
-        faults.append(f"rope_parameters.rope_type: expected one of {known}, got {kind!r}")
+        faults.append(f"rope_parameters.rope_type: expected one of {known}, got {shown(kind)}")
     return faults
 
 
@@ -224,10 +277,12 @@ def _shards(path: str, index: str, options: Mapping[str, Any]) -> list[str]:
     content = read_json_object(index)
     where = content.get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ValueError(f"{index}: weight_map: expected {{weight: file}}, got {where!r}")
+        raise ValueError(f"{index}: weight_map: expected {{weight: file}}, got {shown(where)}")
     # transformers' own reader needs it.
     if not isinstance(content.get("metadata"), dict):
-        raise ValueError(f"{index}: metadata: expected an object, got {content.get('metadata')!r}")
+        raise ValueError(
+            f"{index}: metadata: expected an object, got {shown(content.get('metadata'))}"
+        )
     _check_plain(f"{index}: weight_map", where.values())
     names = sorted(set(where.values()))
     if not os.path.isdir(path):
@@ -235,8 +290,11 @@ def _shards(path: str, index: str, options: Mapping[str, Any]) -> list[str]:
     directory = os.path.dirname(index)
     missing = [name for name in names if not os.path.isfile(os.path.join(directory, name))]
     if missing:
-        raise FileNotFoundError(f"{index}: names files that are missing: {missing}")
-    return [os.path.join(directory, name) for name in names]
+        raise FileNotFoundError(f"{index}: names files that are missing: {listed(missing)}")
+    files = [os.path.join(directory, name) for name in names]
+    for file in files:
+        check_inside(path, file)
+    return files
 
 
 def _check_plain(source: str, names: Iterable[Any]) -> None:
@@ -245,7 +303,7 @@ def _check_plain(source: str, names: Iterable[Any]) -> None:
         if not plain or not name.endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(
                 f"{source}: expected the plain name of a safetensors file, in the same directory, "
-                f"got {name!r}"
+                f"got {shown(name)}"
             )
 
 
@@ -258,14 +316,10 @@ def read_shapes(files: Iterable[str]) -> dict[str, list[int]]:
     """
     shapes = {}
     for file in files:
-        # safetensors calls a file that it may not read missing; Python says what it is.
-        with open(file, "rb"):
-            pass
         try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    shapes[name] = list(opened.get_slice(name).get_shape())
-        except SafetensorError as error:
+            for name, entry in read_header(file).items():
+                shapes[name] = list(entry.shape)
+        except ValueError as error:
             raise ValueError(f"{file}: no safetensors file, or cut short: {error}") from None
     return shapes
 
@@ -290,7 +344,7 @@ def check_shapes(
     if tied and not pair <= missing:
         missing -= pair
     if missing:
-        raise ValueError(f"{path}: weights are missing: {sorted(missing)}")
+        raise ValueError(f"{path}: weights are missing: {listed(sorted(missing))}")
     faults = [
         f"{name}: expected {shape}, got {found[name]}"
         for name, shape in expected.items()

@@ -5,9 +5,10 @@ the same names, and the command line wins over it.
 """
 
 import argparse
-import dataclasses
 import os
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from lora_llama.demo import run_demo
 from lora_llama.estimate import estimate
 from lora_llama.generation import generate_answers
 from lora_llama.gradients import GradientError, gradient_table
+from lora_llama.interrupts import TrainingInterrupted
 from lora_llama.loading import (
     base_model_of,
     bundled_model,
@@ -33,7 +35,6 @@ from lora_llama.loading import (
 )
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import DtypeName, FinetuneOptions, default_device, resolve_dtype
-from lora_llama.resuming import find_checkpoint
 from lora_llama.training import finetune
 from lora_llama.verification import verify_model
 
@@ -176,30 +177,42 @@ def _check_named(adapter: str) -> None:
 
 def _finetune(**options: Any) -> None:
     settings = FinetuneOptions(**options)
-    try:
-        trainer, result = finetune(settings)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_resume(settings)) from None
+    trainer, result = finetune(settings)
     if not trainer.is_world_process_zero():
         return
     if result.gradients:
         print("\ngradients of the first step (every A and B of every layer was checked):")
         print(gradient_table(result.gradients))
+    mfu = "" if result.mfu is None else f", MFU {result.mfu:.1%}"
     print(
         f"\n{result.steps} steps, {result.tokens_per_second:.0f} tokens/s, peak memory "
-        f"{result.peak_memory_gib:.2f} GiB"
+        f"{result.peak_memory_gib:.2f} GiB{mfu}"
     )
     if result.eval_losses:
         print(f"held-out loss {result.eval_losses[0][1]:.3f} -> {result.eval_losses[-1][1]:.3f}")
     print(f"adapter, loss.png and metrics.json: {settings.output_dir}")
 
 
-def _how_to_resume(settings: FinetuneOptions) -> str:
-    try:
-        found = find_checkpoint(dataclasses.replace(settings, resume_from_checkpoint="latest"))
-    except FileNotFoundError:
+def _how_to_resume(interrupt: TrainingInterrupted, arguments: list[str]) -> str:
+    """Where an interrupted training is saved, and the command that goes on with it."""
+    if interrupt.checkpoint is None:
         return "no checkpoint was saved; --save_steps saves them"
-    return f"--resume_from_checkpoint latest goes on from {found}"
+    if arguments[:1] != ["finetune"]:
+        return str(interrupt)
+    kept, skips = [], False
+    for argument in arguments:
+        if skips:
+            skips = False
+        elif argument == "--resume_from_checkpoint":
+            skips = True
+        elif not argument.startswith("--resume_from_checkpoint="):
+            kept.append(argument)
+    program = ["lora-llama"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+        program = ["torchrun", processes, "-m", "lora_llama.cli"]
+    command = [*program, *kept, "--resume_from_checkpoint", interrupt.checkpoint]
+    return f"{interrupt}; to go on:\n  {shlex.join(command)}"
 
 
 def _load(
@@ -295,13 +308,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0; 1 for an error, 2 for wrong usage, 130 for an interrupt, each with one
-        message on stderr.
+        The exit code: 0; 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, each
+        with one message on stderr.
     """
     name = None
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         parser = _parser()
-        chosen = parser.parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
+        chosen = parser.parse_args(_config_first(given))
         name = chosen.subcommand
         options = {key: value for key, value in chosen[name].as_dict().items() if key != "config"}
         commands: dict[str, Callable[..., None]] = {
@@ -326,8 +340,15 @@ def main(arguments: list[str] | None = None) -> int:
             )
         kind = "GPU memory" if "CU" in str(error) else "memory"
         return _fail(f"out of {kind}: {str(error).partition(chr(10))[0]}\n{advice}")
-    except KeyboardInterrupt as error:
-        return _fail(f"interrupted; {error}" if str(error) else "interrupted", 130)
+    except TrainingInterrupted as error:
+        word = "interrupted" if error.signal == signal.SIGINT else "terminated"
+        code = 128 + error.signal
+        # Of several processes one says it.
+        if os.environ.get("RANK", "0") != "0":
+            return code
+        return _fail(f"{word}; {_how_to_resume(error, given)}", code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.layers import LoraLinear, lora_layers
+from lora_kernels.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class GradientError(ValueError):
 
 def verify_gradients(model: nn.Module) -> list[GradientNorms]:
     """Checks the gradients of every active adapter after a backward pass.
+
+    Those of a sharded model are gathered: every process calls this.
 
     Returns:
         The norms of A's and B's gradients, per layer and active adapter, in the model's order.
@@ -68,11 +71,12 @@ def verify_gradients(model: nn.Module) -> list[GradientNorms]:
 def _check(path: str, layer: LoraLinear, adapter: str) -> tuple[GradientNorms, list[str]]:
     norms = {}
     faults = []
-    b_is_zero = not bool(layer.lora_B[adapter].detach().any())
+    b_is_zero = not bool(whole(layer.lora_B[adapter].detach()).any())
     for kind, parameters in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
         name = f"{path}.{kind}.{adapter}"
-        gradient = parameters[adapter].grad
-        norm = float("nan") if gradient is None else gradient.detach().double().norm().item()
+        partial = parameters[adapter].grad
+        gradient = None if partial is None else whole(partial.detach())
+        norm = float("nan") if gradient is None else gradient.double().norm().item()
         norms[kind] = norm
         if gradient is None:
             reason = "" if parameters[adapter].requires_grad else " (requires_grad is False)"
@@ -87,13 +91,14 @@ def _check(path: str, layer: LoraLinear, adapter: str) -> tuple[GradientNorms, l
 def capture_lora_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of every adapter's A and B, by parameter name ("<path>.lora_A.<adapter>"), on the CPU.
 
-    Capture before and after training and compare: see `unchanged_weights`.
+    Capture before and after training and compare: see `unchanged_weights`. A sharded model's are
+    gathered: every process calls this.
     """
     weights = {}
     for path, layer in lora_layers(model):
         for adapter in layer.lora_A:
             for kind, parameters in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                copy = parameters[adapter].detach().to("cpu", copy=True)
+                copy = whole(parameters[adapter].detach()).to("cpu", copy=True)
                 weights[f"{path}.{kind}.{adapter}"] = copy
     return weights
 

@@ -44,6 +44,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
+# A vocabulary of a quarter of a million tokens takes 32 MiB.
+_MAX_TOKENIZER_BYTES = 1 << 26
 
 
 def is_adapter_directory(path: str) -> bool:
@@ -113,7 +115,7 @@ def read_llama_config(
     replaced.pop("dtype", None)
     expected = shapes_of(source, content | replaced)
     if gguf_file is None and os.path.isdir(path):
-        _check_generation_config(os.path.join(os.path.dirname(source), GENERATION_CONFIG_NAME))
+        _check_generation_config(find_file(path, GENERATION_CONFIG_NAME, options))
     if gguf_file is None and check_weights and not _reads_otherwise(kwargs):
         files = find_weights(path, content, {"variant": kwargs.get("variant"), **options})
         actual = read_shapes(files)
@@ -163,8 +165,8 @@ def _read_gguf(file: str) -> dict[str, Any]:
         raise ValueError(f"{file}: no GGUF file, or cut short: {one_line(error)}") from error
 
 
-def _check_generation_config(file: str) -> None:
-    if os.path.isfile(file):
+def _check_generation_config(file: str | None) -> None:
+    if file is not None:
         content = read_json_object(file)
         try:
             GenerationConfig.from_dict(content)
@@ -238,6 +240,10 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
             gguf_file = None
         else:
             path = base_model_of(path)
+    if os.path.isdir(path):
+        for name in TOKENIZER_FILES:
+            # transformers follows every link; this refuses those that lead elsewhere.
+            find_file(path, name, {})
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return AutoTokenizer.from_pretrained(path, **extra)
@@ -255,7 +261,7 @@ def _tokenizer_fault(path: str, gguf_file: str | None, error: Exception) -> Exce
     for name, file in files.items():
         try:
             if file is not None and name.endswith(".json"):
-                read_json_object(file)
+                read_json_object(file, _MAX_TOKENIZER_BYTES, _MAX_TOKENIZER_BYTES)
             elif file is not None:
                 Path(file).read_text(encoding="utf-8")
         except UnicodeDecodeError as fault:

@@ -44,10 +44,16 @@ from lora_kernels.layers import (
     LoraLinear,
     active_adapters,
     grouped_projection,
-    has_hooks,
     lora_layers,
 )
 from lora_kernels.mixed_batch import MixedBatch, mixed_batch
+from lora_kernels.sharding import (
+    call_as,
+    is_exactly,
+    is_first_process,
+    is_sharded,
+    refuse_sharded,
+)
 from lora_kernels.targets import match_modules_to_save, match_target_modules
 from lora_kernels.weighted_adapters import add_weighted_adapter
 from lora_llama import loading
@@ -348,14 +354,17 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         if labels is None or logits_to_keep != 0 or not self._has_frozen_head():
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **arguments)
         outputs = self.model(**arguments)
-        hidden_states = outputs.last_hidden_state
-        loss = linear_cross_entropy(
-            hidden_states,
-            self.lm_head.weight,
-            (labels if shifted is None else shifted).to(hidden_states.device),
-            num_items=kwargs.get("num_items_in_batch"),
-            shift=shifted is None,
-        )
+
+        def head_loss(hidden_states: Tensor) -> Tensor:
+            return linear_cross_entropy(
+                hidden_states,
+                self.lm_head.weight,
+                (labels if shifted is None else shifted).to(hidden_states.device),
+                num_items=kwargs.get("num_items_in_batch"),
+                shift=shifted is None,
+            )
+
+        loss = call_as(self.lm_head, head_loss, outputs.last_hidden_state)
         return CausalLMOutputWithPast(
             loss=loss,
             past_key_values=outputs.past_key_values,
@@ -378,10 +387,9 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         head = self.lm_head
         return (
             self.training
-            and type(head) is nn.Linear
+            and is_exactly(head, nn.Linear)
             and not head.weight.requires_grad
             and head.bias is None
-            and not has_hooks(head)
             and self.loss_function is ForCausalLMLoss
         )
 
@@ -466,9 +474,12 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         This model is used up: its layers' weights now belong to the returned one.
 
         Raises:
-            ValueError: a merged weight has NaN or Inf, or an adapter has a bias on B where a layer
-                has none; the model is then unchanged.
+            ValueError: a merged weight has NaN or Inf, an adapter has a bias on B where a layer has
+                none, or the model is sharded; the model is then unchanged.
         """
+        refuse_sharded(
+            self, "no plain Llama can be made of", "save_pretrained and `lora-llama merge` make one"
+        )
         if not any(layer.merged_adapters for _, layer in lora_layers(self)):
             self.merge_adapter()
         state = model_adapters.base_state_dict(self)
@@ -487,16 +498,27 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
+        is_main_process: bool | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Writes the adapters in PEFT's two files each; without adapters, the whole checkpoint.
 
+        Args:
+            is_main_process: whether this process writes; True by default. A model that
+                `fully_shard` has sharded is gathered, so that all processes call this, and rank 0
+                alone writes by default.
+
         Raises:
             OSError: the files cannot be written; an older adapter there is then intact.
         """
         if not self.lora_configs:
+            if is_main_process is None:
+                is_main_process = is_first_process() or not is_sharded(self)
+            if state_dict is None and is_sharded(self):
+                state_dict = _gathered_state(self)
+                if not is_main_process:
+                    return
             super().save_pretrained(
                 save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
             )
@@ -504,11 +526,11 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             self.config.architectures = ["LlamaForCausalLM"]
             if is_main_process:
                 self.config.save_pretrained(save_directory)
-        elif is_main_process:
-            for config in self.lora_configs.values():
-                if config.base_model_name_or_path is None:
-                    config.base_model_name_or_path = self.config._name_or_path or None
-            model_adapters.save_adapters(self, save_directory)
+            return
+        for config in self.lora_configs.values():
+            if config.base_model_name_or_path is None:
+                config.base_model_name_or_path = self.config._name_or_path or None
+        model_adapters.save_adapters(self, save_directory, is_main_process=is_main_process)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of parameters that require gradients, and of all."""
@@ -522,6 +544,14 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
+
+
+def _gathered_state(model: nn.Module) -> dict[str, Any]:
+    """A sharded model's state on the CPU of rank 0; empty in the other processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
 
 
 LoraLlama = LoraLlamaForCausalLM

@@ -58,6 +58,8 @@ class FinetuneOptions:
         gradient_checkpointing: recompute activations in backward, to save memory.
         logging_steps: optimizer steps between logged losses.
         eval_steps: optimizer steps between evaluations; 0 evaluates at the end alone.
+        eval_samples: with each evaluation, print greedy answers to this many held-out prompts, and
+            add them to samples.jsonl.
         save_steps: optimizer steps between checkpoints; 0 saves at the end alone.
         save_total_limit: checkpoints to keep.
         resume_from_checkpoint: a checkpoint directory, or "latest" in output_dir.
@@ -92,6 +94,7 @@ class FinetuneOptions:
     gradient_checkpointing: bool = False
     logging_steps: int = 1
     eval_steps: int = 0
+    eval_samples: int = 0
     save_steps: int = 0
     save_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
@@ -102,7 +105,7 @@ class FinetuneOptions:
         at_least = {
             "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 0,
-            "save_steps": 0, "warmup_steps": 0, "lora_r": 1, "seed": 0,
+            "eval_samples": 0, "save_steps": 0, "warmup_steps": 0, "lora_r": 1, "seed": 0,
         }  # fmt: skip
         for name in ("model", "data", "gguf_file", "resume_from_checkpoint"):
             if getattr(self, name) == "":
@@ -120,6 +123,11 @@ class FinetuneOptions:
             raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit: expected at least 1, got {self.save_total_limit}")
+        if self.eval_samples and not self.val_set_size:
+            raise ValueError(
+                f"eval_samples: expected 0 without held-out rows (val_set_size), "
+                f"got {self.eval_samples}"
+            )
         if self.seed >= 2**32:
             raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
         for name, choices in (("dtype", TrainingDtypeName), ("lr_scheduler_type", Schedule)):

@@ -2,12 +2,10 @@
 
 checkpoint-N/
     adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
-    optimizer.pt, scheduler.pt, rng_state*.pth       transformers' own, zip archives
+    optimizer, scheduler, scaler, rng_state_RANK     JSON and safetensors (`training_state.py`)
     trainer_state.json                               written after all others
 """
 
-import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,11 +16,11 @@ from transformers.trainer_callback import TrainerState
 from lora_kernels.adapter_files import adapter_directory, load_adapter
 from lora_kernels.adapter_state import check_fit, copy_adapter
 from lora_kernels.config import LoraConfig
+from lora_llama import state_files, training_state
 from lora_llama.checkpoint_files import one_line
+from lora_llama.checkpoint_store import finished_checkpoints, is_finished
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import FinetuneOptions
-
-_ARCHIVES = ("optimizer*.pt", "scheduler*.pt", "rng_state*.pth")
 
 
 def find_checkpoint(options: FinetuneOptions) -> str | None:
@@ -35,31 +33,18 @@ def find_checkpoint(options: FinetuneOptions) -> str | None:
     if wanted is None:
         return None
     if wanted != "latest":
-        if not _is_finished(Path(wanted)):
+        if not is_finished(Path(wanted)):
             raise FileNotFoundError(
                 f"resume_from_checkpoint: {wanted} is no checkpoint, or its saving was interrupted "
                 f"(it has no valid {TRAINER_STATE_NAME})"
             )
         return wanted
-    numbered = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in Path(options.output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal() and _is_finished(path)
-    }
-    if not numbered:
+    finished = finished_checkpoints(Path(options.output_dir))
+    if not finished:
         raise FileNotFoundError(
             f"resume_from_checkpoint: no finished checkpoint-N directory in {options.output_dir}"
         )
-    return str(numbered[max(numbered)])
-
-
-def _is_finished(checkpoint: Path) -> bool:
-    # Trainer writes this file after all others of a checkpoint.
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+    return str(finished[max(finished)])
 
 
 def check_checkpoint(checkpoint: str, adapters: Mapping[str, LoraConfig]) -> None:
@@ -76,15 +61,23 @@ def check_checkpoint(checkpoint: str, adapters: Mapping[str, LoraConfig]) -> Non
     for name, config in adapters.items():
         _read_adapter(adapter_directory(checkpoint, name), config)
     directory = Path(checkpoint)
-    # Without either transformers begins anew with both. (DeepSpeed has a directory for them.)
-    if not any(directory.glob("global_step*")):
-        for kind in ("optimizer", "scheduler"):
-            if not any(directory.glob(f"{kind}*")):
-                raise FileNotFoundError(f"resume_from_checkpoint: {directory / kind}.pt is missing")
-    for file in sorted(file for pattern in _ARCHIVES for file in directory.glob(pattern)):
-        # The archive's directory is at its end, so that a file that is cut short has none.
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"resume_from_checkpoint: {file} is broken or cut short")
+    names = [training_state.OPTIMIZER, training_state.SCHEDULER]
+    pickles = sorted(path.name for kind in training_state.PICKLES for path in directory.glob(kind))
+    if pickles and not all((directory / f"{name}.json").exists() for name in names):
+        raise ValueError(
+            f"resume_from_checkpoint: {directory} was saved by an older version or transformers: "
+            f"{', '.join(pickles)}: pickles can run code and are never loaded; its adapter can be "
+            "used, but the training cannot go on from it"
+        )
+    ranks = training_state.saved_ranks(directory)
+    if not ranks:
+        file = directory / f"{training_state.rng_name(0)}.json"
+        raise FileNotFoundError(f"resume_from_checkpoint: {file} is missing")
+    for name in names + [training_state.rng_name(rank) for rank in ranks]:
+        try:
+            state_files.read(directory, name)
+        except (OSError, ValueError) as error:
+            raise type(error)(f"resume_from_checkpoint: {error}") from error
 
 
 def read_state(checkpoint: str) -> TrainerState:

@@ -1,29 +1,29 @@
-"""Fine-tuning through transformers' Trainer: checks, adapters in its checkpoints, records.
+"""Fine-tuning from options to files: data, model, trainer, adapter, records.
 
     options -> model + data -> LoraTrainer.train() -> output_dir:
         adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
         checkpoint-N/                                    to resume from
         loss.png, metrics.json                           what happened
+        samples.jsonl                                    answers to held-out prompts, if asked for
 
 The loss is the cross-entropy over every unmasked position of every sequence, averaged over all of
 an optimizer step's tokens: gradient accumulation over unequal lengths is exact.
 """
 
-import math
+import json
 import os
+import signal
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import LlamaConfig, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, TrainingArguments, set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lora_llama import disk
 from lora_llama.batching import (
     Collator,
     SupervisedDataset,
@@ -31,150 +31,22 @@ from lora_llama.batching import (
     load_dataset,
     padding_id,
 )
-from lora_llama.data import (
-    IGNORE_INDEX,
-    Row,
-    check_token_ids,
-    read_located,
-    split_dataset,
-)
-from lora_llama.gradients import (
-    GradientNorms,
-    capture_lora_weights,
-    unchanged_weights,
-    verify_gradients,
-)
+from lora_llama.data import Row, check_token_ids, read_located, split_dataset
+from lora_llama.gradients import GradientNorms, capture_lora_weights, unchanged_weights
+from lora_llama.interrupts import TrainingInterrupted
 from lora_llama.loading import (
     check_writable,
     is_adapter_directory,
     load_tokenizer,
     read_llama_config,
-    write_json,
 )
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import FinetuneOptions, resolve_dtype
 from lora_llama.resuming import check_checkpoint, find_checkpoint, load_checkpoint, read_state
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory allocated so far: on a GPU by torch, on a CPU resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if os.uname().sysname == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class TrainingBar(ProgressCallback):
-    """transformers' progress bar, with the loss, the speed and the peak memory beside it."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-        self.trainer: LoraTrainer | None = None
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        if self.training_bar is None or not logs or "loss" not in logs or self.trainer is None:
-            return
-        self.training_bar.set_postfix(
-            {
-                "loss": f"{float(logs['loss']):.3f}",
-                "tokens/s": f"{self.trainer.tokens_per_second():.0f}",
-                "peak": f"{peak_memory_bytes(self.device) / 2**30:.2f} GiB",
-            }
-        )
-
-
-class LoraTrainer(Trainer):
-    """transformers' Trainer for a LoraLlama: checks its gradients, resumes its adapters.
-
-    Attributes:
-        first_gradients: the norms of the first optimizer step's gradients, before clipping.
-        moving_steps: optimizer steps with a learning rate above zero; a warm-up begins with zero.
-        tokens_trained: tokens that went forward and backward (padding only of packed sequences).
-        seconds_trained: time spent in forward and backward.
-    """
-
-    model: LoraLlamaForCausalLM
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, compute_metrics=mean_loss, **kwargs)
-        self.first_gradients: list[GradientNorms] | None = None
-        self.moving_steps = 0
-        self.tokens_trained = 0
-        self.seconds_trained = 0.0
-        bar = self.pop_callback(ProgressCallback)
-        self.pop_callback(PrinterCallback)
-        if bar is not None:
-            training_bar = TrainingBar(self.args.device)
-            training_bar.trainer = self
-            self.add_callback(training_bar)
-
-    def tokens_per_second(self) -> float:
-        return self.tokens_trained / self.seconds_trained if self.seconds_trained else 0.0
-
-    def train(self, resume_from_checkpoint: str | None = None) -> None:
-        if resume_from_checkpoint is not None:
-            state = read_state(resume_from_checkpoint)
-            if 0 < self.args.max_steps <= state.global_step:
-                # Nothing is left to train; Trainer would train one step more.
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return
-        super().train(resume_from_checkpoint=resume_from_checkpoint)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        start = time.perf_counter()
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)
-        self.seconds_trained += time.perf_counter() - start
-        self.tokens_trained += tokens
-        # The last forward pass before an optimizer step: the gradients are complete.
-        if self.accelerator.sync_gradients:
-            if self.first_gradients is None:
-                self.first_gradients = verify_gradients(self.model)
-            self.moving_steps += self._get_learning_rate() > 0
-        return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs, *args, **kwargs)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise ValueError(
-                f"the training diverged: its loss is {logs['loss']} at step "
-                f"{self.state.global_step}; lower learning_rate (now {self.args.learning_rate:g})"
-            )
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        """Each row's summed loss and number of trained tokens, for `mean_loss`.
-
-        Trainer's own evaluation averages the means of batches, whose tokens differ in number.
-        """
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")[:, 1:]
-        with torch.no_grad():
-            logits = model(**inputs).logits[:, :-1]
-            losses = [
-                F.cross_entropy(row.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
-                for row, target in zip(logits, labels, strict=True)
-            ]
-        return None, torch.stack(losses), (labels != IGNORE_INDEX).sum(1)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Reads the adapters that `save_pretrained` wrote; transformers reads only PEFT's own."""
-        load_checkpoint(self.model if model is None else model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def mean_loss(prediction: Any) -> dict[str, float]:
-    """The loss over all held-out tokens, from what `LoraTrainer.prediction_step` returns."""
-    return {"loss": float(prediction.predictions.sum() / prediction.label_ids.sum())}
+from lora_llama.samples import EvalSamples
+from lora_llama.throughput import peak_memory_bytes
+from lora_llama.trainer import LoraTrainer
+from lora_llama.watching import LossPlot, losses_of, plot_losses
 
 
 def encode_rows(
@@ -198,7 +70,7 @@ def build_trainer(
     eval_dataset: SupervisedDataset | None = None,
 ) -> LoraTrainer:
     """A trainer over encoded rows, which pads or packs them as the model's attention needs."""
-    return LoraTrainer(
+    trainer = LoraTrainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
@@ -209,6 +81,8 @@ def build_trainer(
         ),
         processing_class=tokenizer,
     )
+    trainer.add_callback(LossPlot())
+    return trainer
 
 
 @dataclass
@@ -223,6 +97,9 @@ class TrainingResult:
         peak_memory_gib: see `peak_memory_bytes`.
         seconds: of training, evaluations included.
         gradients: the norms of the first step.
+        mfu: model FLOP/s utilisation (`throughput.py`); None on a CPU or an unknown GPU.
+        log: every line of the log, with its step: loss, eval_loss, learning_rate, grad_norm,
+            tokens_per_second, peak_memory_gib and mfu.
     """
 
     steps: int
@@ -232,6 +109,8 @@ class TrainingResult:
     peak_memory_gib: float
     seconds: float
     gradients: list[GradientNorms]
+    mfu: float | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train_and_save(
@@ -241,37 +120,66 @@ def train_and_save(
 
     Raises:
         GradientError: the first step's gradients are wrong.
-        ValueError: the checkpoint does not fit, the training diverged, or an adapter weight has not
-            moved (all is saved by then).
+        DivergenceError: the loss or a gradient is not finite, or the loss has exploded.
+        TrainingInterrupted: by Ctrl-C or SIGTERM; a checkpoint is saved, but at the second signal.
+        ValueError: the checkpoint does not fit, or an adapter weight has not moved (all is saved by
+            then).
+        OSError: a checkpoint, or the adapter, cannot be written.
     """
     start = time.perf_counter()
     before = capture_lora_weights(trainer.model)
     # Not trainer.evaluate(): a model that Trainer has evaluated is not made distributed any more.
-    trainer.args.eval_on_start = trainer.eval_dataset is not None and not resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    history = trainer.state.log_history
-    eval_losses = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
-    steps = trainer.state.global_step
+    trainer.args.eval_on_start = _evaluates_on_start(trainer, resume_from_checkpoint)
+    try:
+        with trainer.stop_request.listening():
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except KeyboardInterrupt:
+        raise _interrupted(trainer) from None
+    history, steps = trainer.state.log_history, trainer.state.global_step
+    if trainer.stop_request.signal and steps < trainer.state.max_steps:
+        raise _interrupted(trainer)
+    trainer.prove_weights()
+    eval_losses = losses_of(history, "eval_loss")
     if trainer.eval_dataset is not None and steps not in dict(eval_losses):
         eval_losses.append((steps, trainer.evaluate()["eval_loss"]))
     result = TrainingResult(
         steps=steps,
-        train_losses=[(h["step"], h["loss"]) for h in history if "loss" in h],
+        train_losses=losses_of(history, "loss"),
         eval_losses=eval_losses,
         tokens_per_second=trainer.tokens_per_second(),
         peak_memory_gib=peak_memory_bytes(trainer.args.device) / 2**30,
         seconds=time.perf_counter() - start,
         gradients=trainer.first_gradients or [],
+        mfu=trainer.utilisation(),
+        log=history,
     )
+    # Trainer's own method, but that ours adds no pickle; in every process.
+    trainer.save_model()
     if trainer.is_world_process_zero():
         directory = Path(trainer.args.output_dir)
-        # Not trainer.save_model, which adds its arguments as a pickle.
-        trainer.model.save_pretrained(directory)
-        trainer.processing_class.save_pretrained(directory)
-        write_json(directory / "metrics.json", asdict(result))
-        plot_losses(result, directory / "loss.png")
+        content = json.dumps(asdict(result), indent=2)
+        disk.replace_file(directory / "metrics.json", f"{content}\n".encode())
+        plot_losses(result.train_losses, result.eval_losses, directory / "loss.png")
     _check_moved(trainer, before)
     return result
+
+
+def _evaluates_on_start(trainer: LoraTrainer, checkpoint: str | None) -> bool:
+    """A new training does; a resumed one does where an interrupt left an evaluation out."""
+    if trainer.eval_dataset is None or checkpoint is None:
+        return trainer.eval_dataset is not None
+    state, interval = read_state(checkpoint), trainer.args.eval_steps
+    return (
+        trainer.args.eval_strategy == "steps"
+        and state.global_step % interval == 0
+        and state.global_step not in dict(losses_of(state.log_history, "eval_loss"))
+    )
+
+
+def _interrupted(trainer: LoraTrainer) -> TrainingInterrupted:
+    return TrainingInterrupted(
+        trainer.last_checkpoint, trainer.stop_request.signal or signal.SIGINT
+    )
 
 
 def _check_moved(trainer: LoraTrainer, before: dict[str, torch.Tensor]) -> None:
@@ -285,30 +193,6 @@ def _check_moved(trainer: LoraTrainer, before: dict[str, torch.Tensor]) -> None:
     ]
     if still:
         raise ValueError("adapter weights have not moved: " + ", ".join(still))
-
-
-def plot_losses(result: TrainingResult, path: Path) -> None:
-    """Draws training and held-out loss over optimizer steps into a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    if result.train_losses:
-        axes.plot(*zip(*result.train_losses, strict=True), label="training", color="tab:blue")
-    if result.eval_losses:
-        axes.plot(
-            *zip(*result.eval_losses, strict=True), "o--", label="held out", color="tab:orange"
-        )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    staged = path.with_name(f".{path.name}.new")
-    figure.savefig(staged, dpi=150, format="png")
-    plt.close(figure)
-    os.replace(staged, path)
 
 
 def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
@@ -350,6 +234,10 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
         check_token_ids(tokens, content.get("vocab_size", LlamaConfig.vocab_size))
         return dataset
 
+    samples = []
+    if options.eval_samples:
+        rows = [row for _, row in held_out]
+        samples = [EvalSamples(rows, tokenizer, options.eval_samples, options.max_length)]
     train_dataset = encode(located)
     eval_dataset = encode(held_out) if held_out else None
     set_seed(options.seed)
@@ -366,4 +254,6 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
         # Trainer reads it again, but makes the output directory first.
         load_checkpoint(model, checkpoint)
     trainer = build_trainer(model, tokenizer, arguments, train_dataset, eval_dataset)
+    for callback in samples:
+        trainer.add_callback(callback)
     return trainer, train_and_save(trainer, checkpoint)

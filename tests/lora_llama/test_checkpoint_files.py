@@ -289,7 +289,7 @@ def test_fields_that_are_allowed(changes, checkpoint: Path):
         (b"null", "expected a JSON object, got NoneType"),
         (b'"llama"', "expected a JSON object, got str"),
         (b"\xff\xfe\x00", "not UTF-8 text: "),
-        (b"[" * 100_000, "not JSON, or cut short: "),
+        (b"[" * 100_000, "nested too deeply"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -379,12 +379,29 @@ def test_a_file_named_by_config_json_is_a_plain_name_too(checkpoint: Path):
     assert "transformers_weights: expected the plain name" in refused(checkpoint)
 
 
-def test_a_link_in_the_directory_is_followed(checkpoint: Path):
-    """A hub's cache is made of links."""
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_link_inside_the_directory_or_of_a_hubs_cache_is_followed(name, checkpoint: Path):
     expected = logits(LoraLlama.from_pretrained(checkpoint))
-    (checkpoint / WEIGHTS).rename(checkpoint.parent / "blob")
-    (checkpoint / WEIGHTS).symlink_to("../blob")
+    (checkpoint / name).rename(checkpoint / "blob")
+    (checkpoint / name).symlink_to("blob")
     assert torch.equal(logits(LoraLlama.from_pretrained(checkpoint)), expected)
+
+    repository = checkpoint.parent / "models--somebody--tiny"
+    snapshot = repository / "snapshots" / "0123"
+    (repository / "blobs").mkdir(parents=True)
+    (checkpoint / "blob").rename(repository / "blobs" / "abcd")
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to("../../blobs/abcd")
+    snapshot.parent.mkdir()
+    checkpoint.rename(snapshot)
+    assert torch.equal(logits(LoraLlama.from_pretrained(snapshot)), expected)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "generation_config.json"])
+def test_a_link_to_another_place_is_refused(name, checkpoint: Path):
+    (checkpoint / name).rename(checkpoint.parent / "elsewhere")
+    (checkpoint / name).symlink_to("../elsewhere")
+    assert refused(checkpoint).startswith(f"{checkpoint / name}: is a link to ")
 
 
 # A hub's models, in its cache.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
 from lora_llama import training
 from lora_llama.options import FinetuneOptions
@@ -71,7 +72,10 @@ def test_the_checkpoint_itself_is_complete(trained, checkpoint, tmp_path):
     assert result.steps == 4 and [step for step, _ in result.train_losses] == [1, 2, 3, 4]
 
 
-NEEDED = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
+NEEDED = [
+    "adapter_config.json", "adapter_model.safetensors", "optimizer.json", "optimizer.safetensors",
+    "scheduler.json", "rng_state_0.json", "rng_state_0.safetensors",
+]  # fmt: skip
 FAULTS: dict[str, Callable[[bytes], bytes | None]] = {
     "missing": lambda content: None,
     "empty": lambda content: b"",
@@ -80,13 +84,8 @@ FAULTS: dict[str, Callable[[bytes], bytes | None]] = {
 }
 
 
-# Of several processes each has a state of its own, or none.
-FAULTY = [(name, fault) for name in NEEDED for fault in FAULTS] + [
-    ("rng_state.pth", fault) for fault in FAULTS if fault != "missing"
-]
-
-
-@pytest.mark.parametrize(("name", "fault"), FAULTY)
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_that_is_not_all_there(name, fault, refused, checkpoint, monkeypatch):
     monkeypatch.setattr(training.LoraLlamaForCausalLM, "from_pretrained", never)
     file = checkpoint / name
@@ -139,3 +138,50 @@ def test_an_adapter_of_other_layers_is_refused_with_every_key(refused, checkpoin
     for projection, word in (("mlp.up_proj", "unexpected"), ("self_attn.v_proj", "missing")):
         keys = re.findall(rf"{word} (model\.layers\.\d\.{projection}\.lora_[AB]\.weight)", message)
         assert len(set(keys)) == 4
+
+
+def test_a_checkpoint_of_pickles_is_refused_by_name(refused, checkpoint, monkeypatch):
+    monkeypatch.setattr(training.LoraLlamaForCausalLM, "from_pretrained", never)
+    pickles = ("optimizer.pt", "rng_state.pth", "scheduler.pt")
+    for path in [*checkpoint.glob("optimizer*"), *checkpoint.glob("scheduler*")]:
+        path.unlink()
+    for path in checkpoint.glob("rng_state*"):
+        path.unlink()
+    for name in pickles:
+        (checkpoint / name).write_bytes(b"not read")
+    message = refused()
+    assert message.startswith(
+        f"resume_from_checkpoint: {checkpoint} was saved by an older version or transformers: "
+        "optimizer.pt, scheduler.pt, rng_state.pth: pickles can run code and are never loaded"
+    )
+
+
+def test_a_checkpoint_of_no_process_is_refused(refused, checkpoint, monkeypatch):
+    monkeypatch.setattr(training.LoraLlamaForCausalLM, "from_pretrained", never)
+    for path in checkpoint.glob("rng_state*"):
+        path.unlink()
+    assert refused() == f"resume_from_checkpoint: {checkpoint / 'rng_state_0.json'} is missing"
+
+
+@pytest.mark.parametrize("name", ["push_to_hub", "deepspeed"])
+def test_what_would_be_saved_as_a_pickle_is_refused(name, trained, monkeypatch):
+    make = FinetuneOptions.training_arguments
+
+    def changed(self: FinetuneOptions, has_eval: bool) -> Any:
+        arguments = make(self, has_eval)
+        if name == "push_to_hub":
+            arguments.push_to_hub = True
+        return arguments
+
+    monkeypatch.setattr(FinetuneOptions, "training_arguments", changed)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: None)
+    if name == "deepspeed":
+        original = Trainer.create_accelerator_and_postprocess
+
+        def with_deepspeed(self: Any) -> None:
+            original(self)
+            self.is_deepspeed_enabled = True
+
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(ValueError, match="pickle"):
+        finetune(trained)

@@ -1,0 +1,113 @@
+"""A training's checkpoint-N directories: each is there complete, or not at all.
+
+    .checkpoint-N.new       being written
+    checkpoint-N            finished: renamed when all of it was on the disk
+    .checkpoint-N.old       the finished checkpoint-N before, while a new one takes its place
+    .checkpoint-N.deleted   being deleted
+
+Every change is one rename. A save that was interrupted at any point leaves the finished
+checkpoints that there were: at most one of them is still called .checkpoint-N.old, and counts as
+checkpoint-N until the next save gives it its name back. That save also removes what is left over.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from lora_llama import disk
+
+_HIDDEN = re.compile(r"\.checkpoint-(\d+)\.(new|old|deleted)")
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether a directory has the file that is written after all others of a checkpoint."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def finished_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The finished checkpoints by their number of steps, in its order."""
+    found = {
+        int(step): path
+        for path in output_dir.glob("checkpoint-*")
+        if (step := path.name.removeprefix("checkpoint-")).isdecimal() and is_finished(path)
+    }
+    for number, path in _hidden(output_dir, "old").items():
+        if not (output_dir / f"checkpoint-{number}").exists() and is_finished(path):
+            found[number] = path
+    return dict(sorted(found.items()))
+
+
+def staging_of(checkpoint: Path) -> Path:
+    """The directory that a checkpoint is written into."""
+    return checkpoint.with_name(f".{checkpoint.name}.new")
+
+
+def begin(checkpoint: Path) -> Path:
+    """Clears up after interrupted saves, and makes the directory to write a checkpoint into."""
+    output_dir = checkpoint.parent
+    if not output_dir.exists():
+        disk.make_directory(output_dir)
+    for path in _hidden(output_dir, "deleted").values():
+        disk.remove_tree(path)
+    for step, path in _hidden(output_dir, "old").items():
+        named = output_dir / f"checkpoint-{step}"
+        if named.exists():
+            _discard(path)
+        else:
+            disk.rename(path, named)
+    for path in _hidden(output_dir, "new").values():
+        disk.remove_tree(path)
+    staging = staging_of(checkpoint)
+    disk.make_directory(staging)
+    return staging
+
+
+def commit(staging: Path, checkpoint: Path) -> None:
+    """Makes what `begin` returned, now written, the checkpoint; it takes an older one's place."""
+    disk.sync_tree(staging)
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    replaces = checkpoint.exists()
+    if replaces:
+        disk.rename(checkpoint, old)
+    disk.rename(staging, checkpoint)
+    if replaces:
+        _discard(old)
+
+
+def rotate(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
+    """Deletes the checkpoints that were saved first, until `limit` are left; never one of `kept`.
+
+    The time of saving counts, not the number of steps: a training anew, in the directory of an
+    older one, must not lose its own checkpoints to that one's.
+    """
+    if limit is None:
+        return
+
+    def saved(path: Path) -> tuple[int, int]:
+        step = int(path.name.removeprefix("checkpoint-"))
+        return (path / TRAINER_STATE_NAME).stat().st_mtime_ns, step
+
+    checkpoints = sorted(finished_checkpoints(output_dir).values(), key=saved)
+    surplus = len(checkpoints) - limit
+    for path in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+        _discard(path)
+
+
+def _discard(checkpoint: Path) -> None:
+    name = checkpoint.name.removeprefix(".").removesuffix(".old")
+    deleted = checkpoint.with_name(f".{name}.deleted")
+    disk.rename(checkpoint, deleted)
+    disk.remove_tree(deleted)
+
+
+def _hidden(output_dir: Path, kind: str) -> dict[int, Path]:
+    if not output_dir.is_dir():
+        return {}
+    matches = ((_HIDDEN.fullmatch(path.name), path) for path in sorted(output_dir.iterdir()))
+    return {int(match[1]): path for match, path in matches if match and match[2] == kind}

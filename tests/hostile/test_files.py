@@ -1,0 +1,364 @@
+"""A corpus of bad files: each is refused with an error that names it, nothing else is opened."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_kernels.adapter_files import load_adapter
+from lora_llama import LoraLlama
+
+# The fixtures' module is no package: its names come with the fixtures.
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def copy(good, tmp_path) -> Callable[[str], Path]:
+    """A copy of the good directory of a kind."""
+
+    def copied(kind: str) -> Path:
+        return shutil.copytree(good[kind], tmp_path / f"{kind}-{len(os.listdir(tmp_path))}")
+
+    return copied
+
+
+def all_refused(watch, kind, directory: Path, name: str, faults: Iterable[Any]) -> None:
+    """Every fault of one file; the ones that fail the test are named together."""
+    file = directory / name
+    content = file.read_bytes()
+    failures = []
+    for fault in faults:
+        bad = fault.content(content)
+        assert bad != content, fault.name
+        file.write_bytes(bad)
+        try:
+            watch.refused(kind.read, directory, file, fault.match)
+        except (AssertionError, pytest.fail.Exception) as error:
+            failures.append(f"{fault.name}: {str(error)[:300]}")
+    file.write_bytes(content)
+    kind.read(directory)
+    assert not failures, "\n".join(failures)
+
+
+def test_good_directories_are_read_within_the_bounds(kinds, watch, good):
+    for kind in kinds.values():
+        watch.measured(lambda kind=kind: kind.read(good[kind.name]))
+
+
+@pytest.mark.parametrize("where", [
+    ("adapter", "adapter_model.safetensors"), ("llama", "model.safetensors"),
+    ("sharded", "shard.safetensors"), ("training", "adapter_model.safetensors"),
+    ("training", "optimizer.safetensors"), ("training", "rng_state_0.safetensors"),
+], ids="/".join)  # fmt: skip
+def test_files_of_tensors(where, kinds, tensor_faults, watch, copy):
+    kind, name = where
+    assert name in kinds[kind].tensors
+    all_refused(watch, kinds[kind], copy(kind), name, tensor_faults)
+
+
+@pytest.mark.parametrize("where", [
+    ("adapter", "adapter_config.json"), ("llama", "config.json"),
+    ("llama", "generation_config.json"), ("sharded", "model.safetensors.index.json"),
+    ("training", "adapter_config.json"), ("training", "trainer_state.json"),
+    ("training", "optimizer.json"), ("training", "scheduler.json"),
+    ("training", "rng_state_0.json"),
+], ids="/".join)  # fmt: skip
+def test_files_of_json(where, kinds, json_faults, watch, copy):
+    kind, name = where
+    assert name in kinds[kind].objects
+    all_refused(watch, kinds[kind], copy(kind), name, json_faults)
+
+
+def test_every_file_is_in_the_corpus(kinds, request):
+    """A file of a kind that neither of the two tests above reads fails this one."""
+    listed = {
+        mark.args[1][index]
+        for test in (test_files_of_tensors, test_files_of_json)
+        for mark in test.pytestmark
+        if mark.name == "parametrize"
+        for index in range(len(mark.args[1]))
+    }
+    assert listed == {
+        (kind.name, name) for kind in kinds.values() for name in (*kind.tensors, *kind.objects)
+    }
+
+
+# What is no regular file of the directory.
+
+
+def outside(file: Path) -> Path:
+    """Moves a file out of its directory."""
+    target = file.parent.parent / f"outside-{file.parent.name}-{file.name}"
+    file.rename(target)
+    return target
+
+
+def relative_link(file: Path) -> None:
+    file.symlink_to(Path("..") / outside(file).name)
+
+
+def absolute_link(file: Path) -> None:
+    file.symlink_to(outside(file).absolute())
+
+
+def link_through_a_link(file: Path) -> None:
+    (file.parent / "up").symlink_to("..")
+    file.symlink_to(Path("up") / outside(file).name)
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    def make(file: Path) -> None:
+        file.unlink()
+        file.symlink_to(target)
+
+    return make
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def pickle(file: Path) -> None:
+    file.rename(file.with_suffix(".bin"))
+
+
+PLACES = {
+    "relative link": relative_link,
+    "absolute link": absolute_link,
+    "link through a link": link_through_a_link,
+    "link to a device": link_to("/dev/zero"),
+    "link to the terminal": link_to("/dev/tty"),
+    "link to a file of the system": link_to("/etc/passwd"),
+    "link to the process": link_to("/proc/self/mem"),
+    "link to itself": link_to("adapter_config.json"),
+    "dangling link": link_to("nowhere"),
+    "pipe": pipe,
+    "directory": folder,
+    "missing": lambda file: file.unlink(),
+    "renamed to .bin": pickle,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_file_of_the_directory(place, kinds, watch, copy):
+    for kind in kinds.values():
+        for name in (*kind.tensors, *kind.objects):
+            # A model may do without it.
+            if name == "generation_config.json" and "link" not in place:
+                continue
+            directory = copy(kind.name)
+            PLACES[place](directory / name)
+            if name == "generation_config.json" and not (directory / name).exists():
+                continue
+            # What is missing is looked for under several names.
+            watch.refused(kind.read, directory, directory, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "mknod") or os.geteuid() != 0, reason="needs the superuser")
+def test_devices(kinds, watch, copy):
+    import stat
+
+    for kind in kinds.values():
+        for name in (*kind.tensors, *kind.objects):
+            directory = copy(kind.name)
+            (directory / name).unlink()
+            try:
+                os.mknod(directory / name, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+            except PermissionError:
+                pytest.skip("no devices can be made here")
+            if name != "generation_config.json":
+                watch.refused(kind.read, directory, directory, "")
+
+
+# An index that leads elsewhere.
+
+
+@pytest.mark.parametrize("name", [
+    "../outside.safetensors", "/etc/passwd", "/tmp/outside.safetensors", "sub/shard.safetensors",
+    "..\\outside.safetensors", "C:outside.safetensors", "./shard.safetensors", "", ".", "..",
+    "shard.bin", "shard.safetensors\0", "~/shard.safetensors", "file:///etc/passwd", None, 3, [],
+    ["shard.safetensors"], {"a": 1}, "x" * 100_000, "shard.safetensors/../../outside.safetensors",
+], ids=lambda name: repr(name)[:40])  # fmt: skip
+def test_an_index_leads_nowhere_else(name, kinds, watch, copy):
+    directory = copy("sharded")
+    file = directory / "model.safetensors.index.json"
+    shutil.copy(directory / "shard.safetensors", directory.parent / "outside.safetensors")
+    content = json.loads(file.read_text())
+    where = content["weight_map"]
+    where[next(iter(where))] = name
+    file.write_text(json.dumps(content))
+    watch.refused(kinds["sharded"].read, directory, file, "weight_map: expected the plain name")
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "x", {}, True], ids=repr)
+def test_an_index_without_a_map(value, kinds, watch, copy):
+    directory = copy("sharded")
+    file = directory / "model.safetensors.index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "weight_map": value}))
+    watch.refused(kinds["sharded"].read, directory, file, "weight_map: expected")
+
+
+# Contents of a config or of tensors.
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"r": 0}, "r: expected an int >= 1"),
+    ({"r": -4}, "r: expected an int >= 1"),
+    ({"r": 10**9}, "expected rank 1000000000, got 4"),
+    ({"r": 10**4000}, "expected rank 1"),
+    ({"r": 4.0}, "r: expected an int"),
+    ({"r": None}, "r: expected an int"),
+    ({"rank_pattern": {"q": 0}}, "rank_pattern.*expected an int >= 1"),
+    ({"rank_pattern": {"q": 10**9}}, "expected rank 1000000000"),
+    ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
+    ({"peft_type": "LOHA"}, "peft_type: expected 'LORA'"),
+    ({"peft_type": {"a": 1}}, "peft_type: expected 'LORA'"),
+    ({"target_modules": [["q"]]}, "target_modules: expected a list of str"),
+    ({"target_modules": {"q": 1}}, "target_modules: expected"),
+    ({"target_modules": "("}, "target_modules: expected a regular expression"),
+    ({"target_modules": "(" * 50_000 + ")" * 50_000}, "target_modules: expected"),
+    ({"target_modules": ["no_such_module"]}, "target_modules: expected names of modules"),
+    ({"target_modules": [f"m{i}" for i in range(90_000)]}, "target_modules: expected names"),
+    ({"exclude_modules": "*"}, "exclude_modules: expected a regular expression"),
+    ({"modules_to_save": [f"m{i}" for i in range(50_000)]}, "modules_to_save: expected at most"),
+    ({"modules_to_save": ["no_such_module"]}, "modules_to_save: expected names"),
+    ({"layers_to_transform": list(range(90_000))}, "layers_to_transform: expected"),
+    ({"layers_to_transform": [10**4000]}, "layers_to_transform: expected"),
+    ({"init_lora_weights": "eva"}, "init_lora_weights: expected"),
+    ({"use_dora": True}, "lora_magnitude_vector beside it"),
+    ({"target_parameters": ["q"]}, "target_parameters: expected None"),
+    ({"auto_mapping": {"base_model_class": "os"}, "r": 3}, "expected rank 3"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), CONFIGS, ids=lambda value: str(value)[:40])
+def test_configs_of_adapters(changes, match, kinds, watch, copy):
+    directory = copy("adapter")
+    file = directory / "adapter_config.json"
+    limit = sys_int_digits()
+    try:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    finally:
+        sys_int_digits(limit)
+    watch.refused(kinds["adapter"].read, directory, directory, match)
+
+
+def sys_int_digits(limit: int = 0) -> int:
+    import sys
+
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(limit)
+    return before
+
+
+LLAMAS: list[tuple[dict[str, Any], str]] = [
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 1000"),
+    ({"num_hidden_layers": 1000}, "weights are missing"),
+    ({"vocab_size": 10**12}, "model.embed_tokens.weight: expected|describes no Llama"),
+    ({"hidden_size": 2**62, "num_attention_heads": 2}, "config.json"),
+    ({"head_dim": 10**15}, "config.json"),
+    ({"intermediate_size": 10**30}, "config.json: describes no Llama"),
+    ({"max_position_embeddings": -1}, "max_position_embeddings: expected"),
+    ({"model_type": "gpt2"}, "model_type 'llama'"),
+    ({"model_type": ["llama"]}, "model_type 'llama'"),
+    ({"auto_map": {"AutoModelForCausalLM": "evil--evil"}, "vocab_size": 0}, "vocab_size"),
+    ({"attn_implementation": "somebody/kernel"}, "attn_implementation: expected a plain name"),
+    ({"_attn_implementation": "somebody/kernel"}, "_attn_implementation: expected a plain name"),
+    ({"_attn_implementation_internal": "a/b:c"}, "_internal: expected a plain name"),
+    ({"experts_implementation": "../x"}, "experts_implementation: expected a plain name"),
+    ({"attn_implementation": {"": "a/b"}}, "attn_implementation: expected a plain name"),
+    ({"transformers_weights": "../x.safetensors"}, "transformers_weights: expected the plain name"),
+    ({"transformers_weights": "/etc/passwd"}, "transformers_weights: expected the plain name"),
+    ({"quantization_config": "int4"}, "quantization_config: expected an object"),
+    ({"hidden_act": "__import__('os')"}, "hidden_act: expected"),
+    ({"dtype": "PICKLE"}, "dtype: expected"),
+    ({"dtype": "save"}, "dtype: expected"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), LLAMAS, ids=lambda value: str(value)[:40])
+def test_configs_of_llamas(changes, match, kinds, watch, copy):
+    directory = copy("llama")
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    watch.refused(kinds["llama"].read, directory, directory, match)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["adapter", "training"])
+def test_weights_that_are_not_finite(kind, value, kinds, watch, copy, save_tensors):
+    directory = copy(kind)
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        save_tensors({**tensors, key: tensors[key].index_fill(0, torch.tensor(1), value)}, file)
+        watch.refused(kinds[kind].read, directory, file, "expected finite values")
+
+
+@pytest.mark.parametrize("shape", [(0, 96), (96, 4), (4,), (4, 96, 1), (5, 96), (4, 95)], ids=str)
+def test_adapters_of_other_shapes(shape, kinds, watch, copy, save_tensors):
+    directory = copy("adapter")
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if ".lora_A." in key)
+    save_tensors({**tensors, key: torch.ones(shape)}, file)
+    watch.refused(kinds["adapter"].read, directory, directory, "expected")
+
+
+def test_data_are_not_read_before_the_header_is_checked(kinds, watch, copy, joined):
+    """Sixteen GiB that the header is right about, but that no module of the model has."""
+    directory = copy("adapter")
+    file = directory / "adapter_model.safetensors"
+    columns, header, end = 1 << 29, {}, 0
+    for module in "qv":
+        for matrix, shape in (("A", [4, columns]), ("B", [96, 4])):
+            begin, end = end, end + 4 * shape[0] * shape[1]
+            entry = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+            header[f"base_model.model.{module}.lora_{matrix}.weight"] = entry
+    content = joined(header)
+    with open(file, "wb") as opened:
+        opened.write(content)
+        opened.truncate(len(content) + end)
+    watch.refused(kinds["adapter"].read, directory, directory, "expected shape")
+    # Without a model the same file is a whole adapter, as far as its header goes.
+    seen: list[int] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(config, outlines):
+        seen.append(len(outlines))
+        raise Stop
+
+    with pytest.raises(Stop):
+        load_adapter(directory, stop)
+    assert seen == [4]
+
+
+def test_pickles_beside_a_model_are_not_read(kinds, watch, copy):
+    directory = copy("llama")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    watch.refused(kinds["llama"].read, directory, directory, "is a pickle.*never loaded")
+
+
+def test_the_base_model_of_an_adapter_is_not_changed_by_a_bad_one(good, copy):
+    """All of a Llama's weights, after an adapter that is not for it."""
+    model = LoraLlama.from_pretrained(good["llama"])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="target_modules"):
+        model.load_adapter(copy("adapter"), "bad")
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not model.lora_configs

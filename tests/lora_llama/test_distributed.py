@@ -1,0 +1,380 @@
+"""More than one process: DDP and FSDP2, in two gloo processes on a CPU, against one process.
+
+The measurements of `distributed_worker.py` are judged here, and whole trainings are launched as a
+user would launch them: with torchrun, and with accelerate and a configuration for FSDP2. What needs
+several GPUs (NCCL, overlapping communication, memory of a device) is not tested.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels.adapter_files import load_adapter
+from lora_kernels.testing import MAX_RATIO
+from lora_llama.options import FinetuneOptions
+from lora_llama.training import finetune
+
+HERE = Path(__file__).parent
+PROCESSES = 2
+# Sums of float32 in another order; measured are 2.5e-7 at most.
+SAME = 1e-6
+
+FSDP2 = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: "no"
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+rdzv_backend: static
+same_network: true
+main_process_port: 0
+use_cpu: false
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: LoraTransformerBlock
+  fsdp_reshard_after_forward: true
+  fsdp_cpu_ram_efficient_loading: true
+  fsdp_offload_params: false
+"""
+
+
+def launch(*command: str | Path) -> str:
+    """Runs two processes to their end; returns what they have printed."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "TRITON_INTERPRET": "1",
+    }
+    arguments = [sys.executable, "-m", *map(str, command)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def torchrun(*command: str | Path) -> str:
+    return launch(
+        "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", *command
+    )
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fills a directory, once for all test processes; returns it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    @contextmanager
+    def locked(name: str) -> Iterator[None]:
+        with open(root / f"{name}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def run(name: str, fill: Callable[[Path], object]) -> Path:
+        directory, marker = root / name, root / f"{name}.done"
+        with locked(name):
+            if not marker.exists():
+                directory.mkdir()
+                fill(directory)
+                marker.touch()
+        return directory
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def measured(once) -> list[dict[str, dict[str, Any]]]:
+    """The worker's measurements: of each process, by case."""
+    directory = once("worker", lambda path: torchrun(HERE / "distributed_worker.py", path))
+    return [
+        json.loads((directory / f"report-{rank}.json").read_text()) for rank in range(PROCESSES)
+    ]
+
+
+PARALLEL = [
+    f"{how} {kind}" for how in ("ddp", "fsdp", "fsdp own head") for kind in ("lora_llama", "peft")
+]
+
+
+@pytest.mark.parametrize("case", [*PARALLEL, "every_part"])
+def test_gradients_are_those_of_one_process_on_the_whole_batch(case, measured):
+    for report in measured:
+        found = report[case]
+        # A and B of seven projections of two layers; or magnitudes, biases and the head as well.
+        assert found["gradients"] == (57 if case == "every_part" else 28)
+        assert found["gradient_error"] <= SAME
+        assert found["loss_error"] <= SAME * 5
+        assert found["weight_error"] <= SAME
+
+
+@pytest.mark.parametrize("case", [*PARALLEL, "every_part"])
+def test_ranks_agree_to_the_bit_after_several_steps(case, measured):
+    assert all(report[case]["ranks_equal"] for report in measured)
+
+
+FSDP = [case for case in PARALLEL if case.startswith("fsdp")]
+
+
+@pytest.mark.parametrize("case", FSDP)
+def test_each_process_holds_half_of_the_frozen_base(case, measured):
+    # 97 rows of the embedding and the head are 49 and 48.
+    shares = [report[case]["base_share"] for report in measured]
+    assert sum(shares) == pytest.approx(1) and shares[0] == pytest.approx(0.5, abs=0.002)
+
+
+@pytest.mark.parametrize("case", [*FSDP, "every_part"])
+def test_the_adapter_is_saved_once_and_whole(case, measured):
+    if case != "every_part":
+        assert [report[case]["written"] for report in measured] == [True, False]
+    else:
+        assert measured[0][case]["kinds"] == ["bias", "lora_magnitude_vector", "weight"]
+    assert measured[0][case]["file_error"] <= SAME
+
+
+@pytest.mark.parametrize("case", FSDP)
+def test_the_operations_see_plain_weights(case, measured):
+    # o and down alone, q, k, v and gate, up together, in two layers; as without sharding.
+    assert measured[0][case]["fused_calls"] == [[4, 4], [4, 4]]
+
+
+@pytest.mark.kernel
+def test_kernels_on_gathered_weights(measured):
+    assert measured[0]["kernels"]["gradient_error"] <= 1e-12
+
+
+def test_a_sharded_peft_model_can_be_accelerated_and_restored(measured):
+    found = measured[0]["accelerated_late"]
+    assert max(found["gradient_errors"]) <= SAME
+    assert found["fused_calls"] == [[4, 4], [0, 0]]
+    assert "sharded" in found["status"]
+
+
+def test_activation_checkpointing_with_dropout_replays_the_same_masks(measured):
+    for report in measured:
+        assert report["checkpointed"] == {"bitwise": True, "gradients": 28}
+
+
+def test_a_mixed_precision_policy(measured):
+    found = measured[0]["mixed_precision"]
+    assert found["dtypes"] == ["torch.float32"] and len(found["ratios"]) == 28
+    assert max(found["ratios"].values()) <= MAX_RATIO
+
+
+def test_a_16_bit_base_with_float32_adapters(measured):
+    found = measured[0]["low_precision_base"]
+    assert found == {"dtypes": ["torch.bfloat16", "torch.float32"], "gradient_error": 0.0}
+
+
+def test_adapters_of_a_sharded_model_are_merged_switched_copied_and_read(measured):
+    for rank, report in enumerate(measured):
+        found = report["adapter_functions"]
+        for action in ("base", "merged", "unmerged", "disabled", "enabled", "switched"):
+            assert found[action] <= SAME, action
+        assert 0 < found["merging_changed"] <= 1e-4 and found["merged_moved"]
+        assert found["switched_gradients"] <= SAME and found["norms_error"] <= SAME
+        for fact in (
+            "unmerged_bitwise", "switched_names", "verified", "captured", "state_bitwise", "copied"
+        ):  # fmt: skip
+            assert found[fact], fact
+        everything = report["every_part"]
+        assert everything["copied"] and everything["head_bitwise"]
+        # Rank 0 alone writes.
+        assert found["saved"] == (rank == 0)
+
+
+def test_what_cannot_be_done_with_a_sharded_model_says_what_can(measured):
+    for report in measured:
+        found = report["adapter_functions"]
+        refused = found["refused"]
+        for action in ("add_adapter", "load_adapter", "add_weighted_adapter"):
+            assert refused[action].endswith("; add them before fully_shard")
+        assert refused["delete_adapter"].endswith("; set_adapter switches it off")
+        assert "`lora-llama merge`" in refused["merge_and_unload"]
+        assert found["still"] == ["default", "other"]
+
+
+def test_a_sharded_model_without_adapters_is_saved_as_a_checkpoint(measured):
+    assert measured[0]["whole_model"] == {"written": True, "sharded": True, "bitwise": True}
+    assert measured[1]["whole_model"] == {"written": False, "sharded": True}
+
+
+def test_a_head_that_is_a_unit_of_its_own_needs_no_logits(measured):
+    found = measured[0]["logits_free"]
+    assert not found["logits"] and found["difference"] <= 5 * SAME
+    # A hook of the user's gets them all the same.
+    assert found["hook_sees"] == [[2, 11, 97]]
+
+
+# Whole trainings. A global batch is four rows: of one process, or two of each of two.
+
+
+@pytest.fixture
+def options(tiny_llama: Path, sums, write_rows) -> FinetuneOptions:
+    """Ten optimizer steps of an epoch; a checkpoint after the third."""
+    return FinetuneOptions(
+        model=str(tiny_llama), data=write_rows(sums), dtype="float32", val_set_size=4, max_steps=6,
+        save_steps=3, eval_steps=3, warmup_steps=0, learning_rate=1e-2, lora_r=4,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+
+
+def arguments(options: FinetuneOptions, output: Path, **changes: Any) -> list[str]:
+    """The command line of a process of two."""
+    settings = asdict(options) | {
+        "output_dir": str(output),
+        "per_device_train_batch_size": options.per_device_train_batch_size // PROCESSES,
+        **changes,
+    }
+    given = {key: value for key, value in settings.items() if value is not None}
+    return ["finetune", *(f"--{key}={json.dumps(v).strip(chr(34))}" for key, v in given.items())]
+
+
+def replicated(options: FinetuneOptions, output: Path, **changes: Any) -> str:
+    return torchrun("-m", "lora_llama.cli", *arguments(options, output, **changes))
+
+
+def sharded(options: FinetuneOptions, output: Path, **changes: Any) -> str:
+    config = output.with_suffix(".yaml")
+    config.write_text(FSDP2)
+    printed = launch(
+        "accelerate.commands.launch", "--config_file", config, HERE / "finetune_sharded.py",
+        *arguments(options, output, **changes),
+    )  # fmt: skip
+    # The model, its two blocks, and the embedding, norm and head that accelerate takes together.
+    assert "sharded: True, 6 units of ['DTensor']" in printed
+    return printed
+
+
+WAYS: dict[str, Callable[..., str]] = {"ddp": replicated, "fsdp2": sharded}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def metrics(output: Path) -> dict[str, Any]:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def assert_same_training(output: Path, expected: Path) -> None:
+    """The same losses and adapter to 1e-5: Adam enlarges the differences of small gradients."""
+    for kind in ("train_losses", "eval_losses"):
+        found, wanted = metrics(output)[kind], metrics(expected)[kind]
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        for (_, loss), (_, other) in zip(found, wanted, strict=True):
+            assert loss == pytest.approx(other, rel=1e-5)
+    weights, others = adapter(output), adapter(expected)
+    assert weights.keys() == others.keys()
+    for key, weight in others.items():
+        assert weights[key].shape == weight.shape
+        assert (weights[key] - weight).norm() <= 1e-5 * weight.norm(), key
+
+
+def adapter(output: Path) -> dict[str, Tensor]:
+    return load_adapter(output)[1]
+
+
+@pytest.fixture
+def one_process(options, once) -> Path:
+    """The output of the training in one process."""
+
+    def fill(directory: Path) -> None:
+        options.output_dir = str(directory / "output")
+        finetune(options)
+
+    return once("one-process", fill) / "output"
+
+
+@pytest.fixture
+def two_processes(way, options, once) -> tuple[Path, str]:
+    """The output of the same training in two processes, and what they printed."""
+
+    def fill(directory: Path) -> None:
+        (directory / "printed.txt").write_text(WAYS[way](options, directory / "output"))
+
+    directory = once(f"two-processes-{way}", fill)
+    return directory / "output", (directory / "printed.txt").read_text()
+
+
+def test_two_processes_train_as_one_does(two_processes, one_process):
+    output, printed = two_processes
+    assert_same_training(output, one_process)
+    # One process alone prints and writes.
+    assert printed.count("trainable params: ") == 1 and printed.count("6 steps, ") == 1
+    names = {path.relative_to(output) for path in output.rglob("*")}
+    expected = {path.relative_to(one_process) for path in one_process.rglob("*")}
+    generators = {
+        Path(f"checkpoint-{step}/rng_state_1{end}")
+        for step in (3, 6)
+        for end in (".json", ".safetensors")
+    }
+    assert names == expected | generators
+
+
+def test_one_process_goes_on_from_two(two_processes, one_process, options, tmp_path):
+    options.output_dir = str(tmp_path / "resumed")
+    options.resume_from_checkpoint = str(two_processes[0] / "checkpoint-3")
+    finetune(options)
+    assert_same_training(tmp_path / "resumed", one_process)
+
+
+@pytest.mark.long
+def test_two_processes_go_on_from_one(way, one_process, options, tmp_path):
+    checkpoint = str(one_process / "checkpoint-3")
+    WAYS[way](options, tmp_path / "resumed", resume_from_checkpoint=checkpoint)
+    assert_same_training(tmp_path / "resumed", one_process)
+
+
+@pytest.mark.long
+def test_two_processes_go_on_from_themselves_to_the_bit(way, options, tmp_path):
+    """With dropout, so that each process has to have its own generator back."""
+    changes = {"lora_dropout": 0.2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    WAYS[way](options, whole, **changes)
+    checkpoint = str(whole / "checkpoint-3")
+    WAYS[way](options, resumed, resume_from_checkpoint=checkpoint, **changes)
+    assert metrics(resumed)["train_losses"] == metrics(whole)["train_losses"]
+    found, wanted = adapter(resumed), adapter(whole)
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+@pytest.mark.long
+def test_checkpointed_activations_accumulation_and_packing(way, options, tmp_path):
+    options.gradient_checkpointing = options.packing = True
+    options.gradient_accumulation_steps, options.max_length = 2, 64
+    options.max_steps, options.save_steps = 2, 0
+    WAYS[way](options, tmp_path / "two")
+    options.output_dir = str(tmp_path / "one")
+    finetune(options)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.long
+def test_a_16_bit_base_is_trained_in_two_processes(way, options, tmp_path):
+    """Every process rounds its own rows: the losses agree to bfloat16's precision."""
+    options.dtype = "bfloat16"
+    WAYS[way](options, tmp_path / "two")
+    options.output_dir = str(tmp_path / "one")
+    finetune(options)
+    for (_, loss), (_, other) in zip(
+        metrics(tmp_path / "two")["train_losses"], metrics(tmp_path / "one")["train_losses"],
+        strict=True,
+    ):  # fmt: skip
+        assert loss == pytest.approx(other, rel=2**-8)
+    assert {str(tensor.dtype) for tensor in adapter(tmp_path / "two").values()} == {"torch.float32"}
