@@ -33,6 +33,7 @@ from safetensors.torch import save as serialize
 
 from lora_kernels.config import LoraConfig, validate_adapter_name
 from lora_kernels.field_checks import listed
+from lora_kernels.name_patterns import Budget
 from lora_kernels.safetensors_header import outlines, read_header
 from lora_kernels.strict_json import parse_object
 
@@ -297,6 +298,11 @@ def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.
         )
     if not modules:
         raise ValueError(f"{source}: expected LoRA tensors, got none")
+    try:
+        budget = Budget()
+        ranks = {module: config.rank_for(module, budget) for module in modules}
+    except ValueError as error:
+        raise ValueError(f"{source}: rank_pattern: {error}") from error
     faults = []
     for key, module in expected.items():
         if key not in tensors:
@@ -304,7 +310,7 @@ def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.
             faults.append(f"{beside}: expected {key} beside it, got none")
     for key, tensor in tensors.items():
         floating = tensor.dtype in _DTYPES
-        if key in expected and (fault := _shape_fault(key, expected[key], config, tensors)):
+        if key in expected and (fault := _shape_fault(key, expected[key], ranks, tensors)):
             faults.append(f"{key}: {fault}")
         elif not floating and (key in expected or tensor.is_floating_point()):
             faults.append(f"{key}: expected a float of 16, 32 or 64 bits, got {tensor.dtype}")
@@ -327,7 +333,7 @@ def _raise_all(source: str, faults: list[str]) -> None:
 
 
 def _shape_fault(
-    key: str, module: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+    key: str, module: str, ranks: Mapping[str, int], tensors: Mapping[str, torch.Tensor]
 ) -> str | None:
     """What is wrong with the shape of one of a layer's own tensors."""
     shape = list(tensors[key].shape)
@@ -339,7 +345,7 @@ def _shape_fault(
         return None
     if len(shape) != 2 or 0 in shape:
         return f"expected a non-empty matrix, got shape {shape}"
-    rank, expected = shape[0 if is_a else 1], config.rank_for(module)
+    rank, expected = shape[0 if is_a else 1], ranks[module]
     return None if rank == expected else f"expected rank {expected}, got {rank} ({shape})"
 
 

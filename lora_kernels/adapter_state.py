@@ -122,9 +122,14 @@ def check_fit(
     """Checks an adapter's tensors against a model that has it, or is to get it.
 
     Raises:
-        ValueError: naming every key that is missing, unexpected or of another shape.
+        ValueError: naming every key that is missing, unexpected or of another shape, or what the
+            config selects that the model does not have.
+        TypeError: it selects a module that is not a linear layer.
     """
-    required, optional, redundant = _expected_shapes(model, config)
+    try:
+        required, optional, redundant = _expected_shapes(model, config)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{source}: {error}") from error
     found = {_base_key(key): key for key in tensors}
     faults = [f"missing {key}" for key in required if _base_key(key) not in found]
     shapes = {_base_key(key): shape for key, shape in {**optional, **required}.items()}

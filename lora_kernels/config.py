@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from lora_kernels.field_checks import (
     checked_names,
     wrong,
 )
+from lora_kernels.name_patterns import Budget, part_pattern
 
 T = TypeVar("T")
 
@@ -164,7 +164,7 @@ class LoraConfig:
             if not isinstance(patterns, dict):
                 raise wrong(TypeError, name, "a dict", patterns)
             for pattern, value in patterns.items():
-                check_regex(name, pattern, name_pattern)
+                check_regex(name, pattern, part_pattern)
                 check(f"{name}[{pattern!r}]", value)
             setattr(self, name, dict(patterns))
 
@@ -204,7 +204,7 @@ class LoraConfig:
                 raise wrong(ValueError, "layers_pattern", expected, self.layers_pattern)
             return
         for pattern in as_list(self.layers_pattern or []):
-            check_regex("layers_pattern", pattern, layer_pattern)
+            check_regex("layers_pattern", pattern, part_pattern)
         if not isinstance(layers, int | list | tuple | set | frozenset):
             raise wrong(TypeError, "layers_to_transform", "an int or a list of int", layers)
         for layer in as_list(layers):
@@ -218,9 +218,13 @@ class LoraConfig:
         if not isinstance(layers, int):
             self.layers_to_transform = as_list(layers)
 
-    def rank_for(self, module_name: str) -> int:
-        """The rank for the module of this full name: `r`, unless a rank_pattern matches."""
-        return _first_match(self.rank_pattern, module_name, self.r)
+    def rank_for(self, module_name: str, budget: Budget | None = None) -> int:
+        """The rank for the module of this full name: `r`, unless a rank_pattern matches.
+
+        Args:
+            budget: of steps, for all names of a config together; see `name_patterns.py`.
+        """
+        return _first_match(self.rank_pattern, module_name, self.r, budget)
 
     def alpha_for(self, module_name: str) -> float:
         """The lora_alpha for the module of this full name, likewise by alpha_pattern."""
@@ -284,16 +288,11 @@ def validate_adapter_name(name: str) -> None:
         raise wrong(ValueError, "adapter_name", "a name that is not reserved", name)
 
 
-# `re` itself caches 512 patterns; a config with one pattern for every module has more.
-@lru_cache(maxsize=8192)
-def name_pattern(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def layer_pattern(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:^|\.)(?:{pattern})\.(?P<index>\d+)\.")
-
-
-def _first_match(patterns: Mapping[str, T], module_name: str, default: T) -> T:
-    matches = (value for key, value in patterns.items() if name_pattern(key).match(module_name))
+def _first_match(
+    patterns: Mapping[str, T], module_name: str, default: T, budget: Budget | None = None
+) -> T:
+    budget = budget or Budget()
+    matches = (
+        value for key, value in patterns.items() if part_pattern(key).match_end(module_name, budget)
+    )
     return next(matches, default)

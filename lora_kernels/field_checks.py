@@ -4,7 +4,10 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lora_kernels.name_patterns import NamePattern, name_pattern
 
 
 def shown(value: object) -> str:
@@ -42,7 +45,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_regex(
-    name: str, pattern: Any, compile_pattern: Callable[[str], re.Pattern[str]] = re.compile
+    name: str, pattern: Any, compile_pattern: Callable[[str], NamePattern] = name_pattern
 ) -> None:
     if not isinstance(pattern, str):
         raise wrong(TypeError, name, "a regular expression (str)", pattern)
@@ -73,3 +76,34 @@ def as_list(items: Any) -> list[Any]:
     if isinstance(items, str | int):
         return [items]
     return list(dict.fromkeys(sorted(items) if isinstance(items, set | frozenset) else items))
+
+
+def check_types(settings: Any) -> None:
+    """Checks every field of a dataclass of options against its annotation.
+
+    An int is a number where a float is wanted; a bool is neither. Floats are finite.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _is_of(kind, value):
+            raise wrong(TypeError, name, getattr(kind, "__name__", str(kind)), value)
+        if isinstance(value, float):
+            check_number(name, value)
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    origin = get_origin(kind)
+    if origin is Literal:
+        # Which of its values it may be is for the class to say.
+        return isinstance(value, str)
+    if origin in (Union, UnionType):
+        return any(_is_of(part, value) for part in get_args(kind))
+    if origin is list:
+        item = get_args(kind)[0]
+        return isinstance(value, list) and all(_is_of(item, one) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

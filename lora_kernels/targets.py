@@ -9,6 +9,8 @@
 
 PEFT leaves a target or a pattern that matches nothing unmentioned or warns; here it is an error,
 because the usual cause is a misspelling and the result a model that trains less than was asked.
+Expressions are matched in a bounded number of steps (`name_patterns.py`); one that needs more is an
+error too.
 A linear layer is an nn.Linear, weight [out, in], or transformers' Conv1D (GPT-2), weight [in, out].
 """
 
@@ -19,8 +21,9 @@ from typing import Any
 
 import torch
 
-from lora_kernels.config import LoraConfig, layer_pattern, name_pattern
-from lora_kernels.field_checks import as_list, shown
+from lora_kernels.config import LoraConfig
+from lora_kernels.field_checks import as_list, listed, shown
+from lora_kernels.name_patterns import Budget, name_pattern, part_pattern
 from lora_kernels.saved_modules import ModulesToSave
 
 # PEFT's defaults (`utils/constants.py`) for architectures whose attention is made of linear layers.
@@ -53,18 +56,19 @@ def match_target_modules(model: torch.nn.Module, config: LoraConfig) -> list[str
         TypeError: a matched module is not a linear layer.
     """
     modules = dict(modules_outside_adapters(model))
+    budget = Budget()
     targets = config.target_modules
     if targets is None:
         targets = _default_targets(model)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         matched = _all_linear(model, modules, config)
     elif isinstance(targets, str):
-        matched = list(filter(_selector(targets), modules))
+        matched = list(filter(_selector(targets, budget), modules))
     else:
-        matched = _match_suffixes(targets, modules, config)
+        matched = _match_suffixes(targets, modules, config, budget)
 
     if config.exclude_modules:
-        excluded = set(filter(_selector(config.exclude_modules), modules))
+        excluded = set(filter(_selector(config.exclude_modules, budget), modules))
         matched = [name for name in matched if name not in excluded]
         if not excluded:
             warnings.warn(
@@ -75,10 +79,12 @@ def match_target_modules(model: torch.nn.Module, config: LoraConfig) -> list[str
         saved = _inside(config.modules_to_save)
         matched = [name for name in matched if not saved(name)]
 
-    with_target = {_layer_index(name, config.layers_pattern) for name in matched}
+    with_target = {_layer_index(name, config.layers_pattern, budget) for name in matched}
     empty = [layer for layer in _layers(config) if layer not in with_target]
     if empty:
-        raise ValueError(f"layers_to_transform: expected layers with a target module, got {empty}")
+        raise ValueError(
+            f"layers_to_transform: expected layers with a target module, got {listed(empty)}"
+        )
     if not matched:
         hint = ""
         if isinstance(targets, str):
@@ -96,11 +102,15 @@ def match_target_modules(model: torch.nn.Module, config: LoraConfig) -> list[str
             )
     for field_name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field_name)
-        unused = [p for p in patterns if not any(name_pattern(p).match(name) for name in matched)]
+        unused = [
+            pattern
+            for pattern in patterns
+            if not any(part_pattern(pattern).match_end(name, budget) for name in matched)
+        ]
         if unused:
             raise ValueError(
                 f"{field_name}: expected patterns that match a target module such as "
-                f"{matched[0]!r}, got {unused}"
+                f"{matched[0]!r}, got {listed(unused)}"
             )
     return matched
 
@@ -122,7 +132,7 @@ def match_modules_to_save(model: torch.nn.Module, config: LoraConfig) -> list[st
     ]
     if unused:
         raise ValueError(
-            f"modules_to_save: expected names of modules, got {unused}, which match none"
+            f"modules_to_save: expected names of modules, got {listed(unused)}, which match none"
         )
     for name in matched:
         outer = next((other for other in matched if name.startswith(f"{other}.")), None)
@@ -184,32 +194,42 @@ def _all_linear(
 
 
 def _match_suffixes(
-    targets: Collection[str], modules: Mapping[str, torch.nn.Module], config: LoraConfig
+    targets: Collection[str],
+    modules: Mapping[str, torch.nn.Module],
+    config: LoraConfig,
+    budget: Budget,
 ) -> list[str]:
-    matched = list(filter(_selector(targets), modules))
-    unused = [target for target in targets if not any(map(_selector([target]), matched))]
+    matched = list(filter(_selector(targets, budget), modules))
+    used = {suffix for name in matched for suffix in _suffixes(name)}
+    unused = [target for target in targets if target not in used]
     if unused:
         raise ValueError(
-            f"target_modules: expected names of modules, got {unused}, which match none; "
+            f"target_modules: expected names of modules, got {listed(unused)}, which match none; "
             f"{_some_linears(modules)}"
         )
-    layers = _layers(config)
+    layers, whole_names = set(_layers(config)), set(targets)
     if not layers:
         return matched
     return [
         name
         for name in matched
-        if name in targets or _layer_index(name, config.layers_pattern) in layers
+        if name in whole_names or _layer_index(name, config.layers_pattern, budget) in layers
     ]
 
 
-def _selector(names: Collection[str] | str) -> Callable[[str], bool]:
+def _selector(names: Collection[str] | str, budget: Budget) -> Callable[[str], bool]:
     """Whether a module is meant: by a regular expression (str), or by its name or its suffix."""
     if isinstance(names, str):
-        pattern = re.compile(names)
-        return lambda module_name: pattern.fullmatch(module_name) is not None
-    exact, suffixes = frozenset(names), tuple(f".{name}" for name in names)
-    return lambda module_name: module_name in exact or module_name.endswith(suffixes)
+        pattern = name_pattern(names)
+        return lambda module_name: pattern.fullmatch(module_name, budget)
+    wanted = frozenset(names)
+    return lambda module_name: not wanted.isdisjoint(_suffixes(module_name))
+
+
+def _suffixes(module_name: str) -> Iterator[str]:
+    """The name and what is behind each of its dots."""
+    parts = module_name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _inside(names: Collection[str]) -> Callable[[str], bool]:
@@ -223,15 +243,18 @@ def _layers(config: LoraConfig) -> list[int]:
     return [] if layers is None else as_list(layers)
 
 
-def _layer_index(module_name: str, layers_pattern: Collection[str] | str | None) -> int | None:
+def _layer_index(
+    module_name: str, layers_pattern: Collection[str] | str | None, budget: Budget
+) -> int | None:
     """The layer of a module: the first numbered segment that follows a named one.
 
     With a pattern the named one must match it; without, it is any but the name's first segment.
     It is the first, not the last: the layer of "model.layers.1.experts.0.w1" is 1.
     """
     for pattern in as_list(layers_pattern or []):
-        if found := layer_pattern(pattern).search(module_name):
-            return int(found["index"])
+        index = part_pattern(pattern).index_after(module_name, budget)
+        if index is not None:
+            return index
     if layers_pattern:
         return None
     found = re.search(r"\.[^.]*\.(\d+)\.", module_name)

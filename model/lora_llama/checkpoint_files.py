@@ -41,7 +41,7 @@ _COUNTS = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 # 405B parameters are in 126 layers. Each is built, without its weights, for the shapes.
-_MAX_LAYERS = 1000
+_MAX_LAYERS = 500
 _MAX_JSON_BYTES = 4 << 20
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim")
 
@@ -62,10 +62,8 @@ def find_file(path: str, name: str, options: Mapping[str, Any]) -> str | None:
     """
     if os.path.isdir(path):
         file = os.path.join(path, options.get("subfolder") or "", name)
-        if not os.path.isfile(file):
-            return None
         check_inside(path, file)
-        return file
+        return file if os.path.isfile(file) else None
     try:
         return cached_file(path, name, **options)
     except OSError:
@@ -137,7 +135,7 @@ def check_config(file: str, content: Mapping[str, Any]) -> None:
         faults.append(f"num_hidden_layers: expected at most {_MAX_LAYERS}, got {shown(layers)}")
     for name, value in content.items():
         # A name with a slash is a hub's, whose code transformers would fetch and run.
-        if name.endswith("_implementation") and not re.fullmatch(r"[\w|]*", str(value)):
+        if "_implementation" in name and not re.fullmatch(r"[\w|]*", str(value)):
             faults.append(f"{name}: expected a plain name, as 'sdpa', got {shown(value)}")
     faults += _faults_of_numbers(content)
     activation = content.get("hidden_act", "silu")

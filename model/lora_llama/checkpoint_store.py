@@ -10,22 +10,37 @@ checkpoints that there were: at most one of them is still called .checkpoint-N.o
 checkpoint-N until the next save gives it its name back. That save also removes what is left over.
 """
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_llama import disk
+from lora_llama.checkpoint_files import check_inside, read_json_object
 
+# A hundred thousand lines of the log.
+_MAX_STATE_BYTES = 1 << 26
+_MAX_STATE_VALUES = 1 << 20
 _HIDDEN = re.compile(r"\.checkpoint-(\d+)\.(new|old|deleted)")
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of the file that is written after all others of a checkpoint.
+
+    Raises:
+        OSError, ValueError: it is missing or faulty, or a link to a place elsewhere.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    check_inside(checkpoint, file)
+    return read_json_object(file, _MAX_STATE_BYTES, _MAX_STATE_VALUES)
 
 
 def is_finished(checkpoint: Path) -> bool:
     """Whether a directory has the file that is written after all others of a checkpoint."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        read_trainer_state(checkpoint)
+    except (OSError, ValueError):
         return False
     return True
 

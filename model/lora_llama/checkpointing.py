@@ -72,6 +72,13 @@ class CheckpointingTrainer(Trainer):
 
     # Saving.
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter; every process calls this.
+
+        Of a sharded model transformers would gather all, or by its default save nothing.
+        """
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The adapter and the tokenizer; transformers would add its arguments as a pickle."""
         directory = self.args.output_dir if output_dir is None else output_dir

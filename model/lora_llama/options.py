@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from lora_kernels.config import LoraConfig
+from lora_kernels.field_checks import check_types
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -102,6 +103,7 @@ class FinetuneOptions:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least = {
             "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 0,
@@ -193,6 +195,8 @@ class FinetuneOptions:
             # Else there is no bar where transformers' warnings are off.
             disable_tqdm=False,
             dataloader_pin_memory=on_gpu,
+            # Every adapter weight has a gradient in every pass.
+            ddp_find_unused_parameters=False,
             # A loss that is NaN is to be seen, not replaced.
             logging_nan_inf_filter=False,
             remove_unused_columns=False,

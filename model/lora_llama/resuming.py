@@ -18,7 +18,7 @@ from lora_kernels.adapter_state import check_fit, copy_adapter
 from lora_kernels.config import LoraConfig
 from lora_llama import state_files, training_state
 from lora_llama.checkpoint_files import one_line
-from lora_llama.checkpoint_store import finished_checkpoints, is_finished
+from lora_llama.checkpoint_store import finished_checkpoints, read_trainer_state
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import FinetuneOptions
 
@@ -33,11 +33,13 @@ def find_checkpoint(options: FinetuneOptions) -> str | None:
     if wanted is None:
         return None
     if wanted != "latest":
-        if not is_finished(Path(wanted)):
+        try:
+            read_trainer_state(Path(wanted))
+        except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"resume_from_checkpoint: {wanted} is no checkpoint, or its saving was interrupted "
-                f"(it has no valid {TRAINER_STATE_NAME})"
-            )
+                f"(it has no valid {TRAINER_STATE_NAME}: {one_line(error)})"
+            ) from error
         return wanted
     finished = finished_checkpoints(Path(options.output_dir))
     if not finished:
@@ -88,7 +90,7 @@ def read_state(checkpoint: str) -> TrainerState:
     """
     file = Path(checkpoint) / TRAINER_STATE_NAME
     try:
-        state = TrainerState.load_from_json(str(file))
+        state = TrainerState(**read_trainer_state(Path(checkpoint)))
         if not isinstance(state.global_step, int) or state.global_step < 1:
             raise ValueError(f"global_step: expected at least 1, got {state.global_step!r}")
     except (TypeError, ValueError) as error:

@@ -25,10 +25,14 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from lora_kernels.safetensors_header import read_header
 from lora_kernels.sharding import whole
+from lora_kernels.strict_json import parse_object
+from lora_llama.checkpoint_files import check_inside
 
 VERSION = 1
-_MAX_JSON_BYTES = 1 << 26
+# Ten thousand parameters; a Llama of 126 layers has two to four thousand that train.
+_MAX_JSON_BYTES = 1 << 22
 _MAX_TENSOR_BYTES = 1 << 40
 _MAX_DEPTH = 64
 _DTYPES = (
@@ -45,11 +49,15 @@ def to_files(state: Any) -> dict[str, bytes]:
 
     Raises:
         TypeError: a value is of another type than those above; the message names its path.
-        ValueError: it is nested too deeply.
+        ValueError: it is nested too deeply, or larger than can be read again.
     """
     tensors: dict[str, Tensor] = {}
     packed = {"version": VERSION, "state": _pack(state, "", tensors)}
     files = {".json": (json.dumps(packed, indent=1, allow_nan=False) + "\n").encode()}
+    if len(files[".json"]) > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"state: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {len(files['.json'])}"
+        )
     if tensors:
         files[".safetensors"] = serialize(tensors)
     return files
@@ -67,23 +75,20 @@ def read(directory: Path, name: str) -> Any:
     file, tensor_file = directory / f"{name}.json", directory / f"{name}.safetensors"
     content = _content(file, _MAX_JSON_BYTES)
     try:
-        parsed = json.loads(
-            content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
-        )
-        if not isinstance(parsed, dict) or parsed.keys() != {"version", "state"}:
+        # What is written as one value here may be an object and an array inside it.
+        parsed = parse_object(content, max_depth=2 * _MAX_DEPTH + 2)
+        if parsed.keys() != {"version", "state"}:
             raise ValueError("expected an object with version and state")
         if parsed["version"] != VERSION:
             raise ValueError(f"version: expected {VERSION}, got {parsed['version']!r}")
         wanted: list[str] = []
         _unpack(parsed["state"], lambda tensor: wanted.append(tensor))
-    except RecursionError as error:
-        raise ValueError(f"{file}: nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{file}: broken or cut short: {error}") from error
     tensors: dict[str, Tensor] = {}
     if wanted:
         try:
-            tensors = deserialize(_content(tensor_file, _MAX_TENSOR_BYTES))
+            tensors = deserialize(_content(tensor_file, _MAX_TENSOR_BYTES, read_header))
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{tensor_file}: broken or cut short: {error}") from error
     if sorted(wanted) != sorted(tensors):
@@ -169,7 +174,9 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, list) and len(item) == 2 and type(item[0]) in (int, str)
 
 
-def _content(file: Path, limit: int) -> bytes:
+def _content(file: Path, limit: int, check: Callable[[Path], object] = lambda file: None) -> bytes:
+    """All of a file inside its directory, which passed a check of its beginning."""
+    check_inside(file.parent, file)
     # A pipe would be waited for, and a device has no end.
     if file.exists() and not file.is_file():
         raise ValueError(f"{file}: expected a regular file")
@@ -178,17 +185,10 @@ def _content(file: Path, limit: int) -> bytes:
             size = os.fstat(opened.fileno()).st_size
             if size > limit:
                 raise ValueError(f"{file}: expected at most {limit} bytes, got {size}")
+            try:
+                check(file)
+            except ValueError as error:
+                raise ValueError(f"{file}: broken or cut short: {error}") from error
             return opened.read()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("the same key twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

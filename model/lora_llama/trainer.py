@@ -33,7 +33,8 @@ class LoraTrainer(CheckpointingTrainer):
     Attributes:
         first_gradients: the norms of the first optimizer step's gradients, before clipping.
         moving_steps: optimizer steps with a learning rate above zero; a warm-up begins with zero.
-        tokens_trained: tokens that went forward and backward here, without padding.
+        tokens_trained: tokens that went forward and backward in this process (padding only of
+            packed sequences).
         seconds_trained: time spent in forward and backward.
         flops_trained: what these took; see `throughput.py`.
         stop_request: a signal's request to stop.
@@ -62,7 +63,15 @@ class LoraTrainer(CheckpointingTrainer):
         self.add_callback(StopAfterStep(self.stop_request, self.accelerator))
 
     def tokens_per_second(self) -> float:
-        return self.tokens_trained / self.seconds_trained if self.seconds_trained else 0.0
+        """Over the whole training, of all processes (all of them call this)."""
+        tokens = self._sum_over_processes([self.tokens_trained])[0]
+        return tokens / self.seconds_trained if self.seconds_trained else 0.0
+
+    def _sum_over_processes(self, numbers: list[float]) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return numbers
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(mine, "sum").tolist()
 
     def utilisation(self) -> float | None:
         """Model FLOP/s utilisation over the whole training; None where the peak is not known."""
@@ -169,9 +178,7 @@ class LoraTrainer(CheckpointingTrainer):
         tokens, seconds, flops = (a - b for a, b in zip(now, self._logged, strict=True))
         self._logged = now
         count = self.accelerator.num_processes
-        if count > 1:
-            mine = torch.tensor([tokens, flops], dtype=torch.float64, device=self.args.device)
-            tokens, flops = self.accelerator.reduce(mine, "sum").tolist()
+        tokens, flops = self._sum_over_processes([tokens, flops])
         speed = {
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "peak_memory_gib": peak_memory_bytes(self.args.device) / 2**30,

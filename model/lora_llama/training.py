@@ -246,10 +246,11 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
         lora=config,
         gguf_file=options.gguf_file,
         dtype=resolve_dtype(options.dtype, arguments.device),
-    ).to(arguments.device)
+    )
     if arguments.process_index == 0:
         model.print_trainable_parameters()
         print(f"training on {train_dataset}, held out: {eval_dataset or 'nothing'}")
+    # Trainer moves it to its device: a model to be sharded may be larger than one GPU.
     if checkpoint is not None:
         # Trainer reads it again, but makes the output directory first.
         load_checkpoint(model, checkpoint)

@@ -475,19 +475,65 @@ def whole_model(output: Path) -> Report:
     return report
 
 
+def head_adapter(output: Path) -> Report:
+    """An adapter of the root's own unit, whose weights an evaluation leaves whole."""
+    model = shard(lora_llama(target_modules=["q_proj", "lm_head"]))
+    ids = batch(slice(None))["input_ids"]
+
+    def evaluated() -> Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits
+
+    def kept() -> dict[str, Tensor]:
+        """The weights of the head and of q once all is sharded again; copies."""
+        model.reshard()
+        names = ("lora_A.default", "lora_B.default", "lm_head.weight")
+        return {
+            name: full(parameter.detach()).clone()
+            for name, parameter in model.named_parameters()
+            if name.endswith(names)
+        }
+
+    before, logits = kept(), evaluated()
+    report: Report = {"plain": type(model.lm_head.weight) is nn.Parameter}
+    state = model.get_adapter_state_dict()
+    evaluated()
+    copy_adapter(model, "default", {key: value * 0.5 for key, value in state.items()})
+    halves = kept()
+    # PEFT's file has the weight of a targeted head too.
+    report["copied"] = len(halves) == 7 and all(
+        torch.equal(halves[name], value / 2) for name, value in before.items()
+    )
+    copy_adapter(model, "default", state)
+    evaluated()
+    model.merge_adapter()
+    report["merged"] = not torch.equal(kept()["lm_head.weight"], before["lm_head.weight"])
+    report["merged_error"] = (evaluated() - logits).abs().max().item()
+    model.unmerge_adapter()
+    report["unmerged"] = all(torch.equal(kept()[name], value) for name, value in before.items())
+    return report
+
+
 def logits_free(output: Path) -> Report:
-    """A head that is a unit of its own computes the loss without logits, as any frozen head."""
-    model = shard(lora_llama(), own_head=True)
-    outputs = model(**batch(half()))
-    hooked = shard(lora_llama(), own_head=True)
+    """A head that is a unit, or part of one, computes the loss without logits as any frozen one."""
+    whole, hooked = lora_llama(), shard(lora_llama(), own_head=True)
+    alone = lora_llama()
+    fully_shard(alone.lm_head)
+    report: Report = {"logits": [], "errors": []}
+    loss_of(whole, slice(None), 1).backward()
+    expected = named_gradients(whole)
+    for model in (shard(alone), shard(lora_llama(), own_head=True)):
+        for _ in range(2):
+            model.zero_grad()
+            outputs = model(**batch(slice(None)))
+            outputs.loss.backward()
+            report["logits"].append(outputs.logits is not None)
+            report["errors"].append(worst_error(named_gradients(model), expected))
     seen = []
     hooked.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    hooked_loss = hooked(**batch(half())).loss
-    return {
-        "logits": outputs.logits is not None,
-        "hook_sees": [list(shape) for shape in seen],
-        "difference": (outputs.loss - hooked_loss).abs().item(),
-    }
+    loss_of(hooked, slice(None), 1)
+    report["hook_sees"] = [list(shape) for shape in seen]
+    return report
 
 
 def cases() -> Iterator[tuple[str, Callable[[Path], Report]]]:
@@ -497,7 +543,7 @@ def cases() -> Iterator[tuple[str, Callable[[Path], Report]]]:
         yield f"fsdp own head {kind}", lambda output, kind=kind: fsdp(kind, output, own_head=True)
     for case in (
         accelerated_late, kernels, checkpointed, mixed_precision, low_precision_base, every_part,
-        adapter_functions, whole_model, logits_free,
+        adapter_functions, head_adapter, whole_model, logits_free,
     ):  # fmt: skip
         yield case.__name__, case
 

@@ -118,8 +118,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "accumulation"),
+    [("a weight", 1), ("a base weight", 2), ("an output", 1), ("a gradient", 1), ("a gradient", 2)],
+)
 def test_the_first_tensor_that_is_not_finite_is_named(fault, accumulation, options, trainer_of):
     inject, message = FAULTS[fault]
     settings = options(gradient_accumulation_steps=accumulation)
@@ -139,8 +141,9 @@ def test_the_first_tensor_that_is_not_finite_is_named(fault, accumulation, optio
     assert not (Path(settings.output_dir) / "adapter_model.safetensors").exists()
     latest = options(resume_from_checkpoint="latest")
     assert find_checkpoint(latest) == str(good)
-    _, result = finetune(latest)
-    assert result.steps == 6
+    if fault == "a weight":
+        _, result = finetune(latest)
+        assert result.steps == 6
 
 
 def test_without_a_checkpoint_it_says_so(options, trainer_of):
@@ -271,7 +274,7 @@ def test_the_message_is_one_line_of_the_command(options, capsys):
 
 def test_checkpoints_are_all_good(options):
     """However often is saved."""
-    settings = options(learning_rate=0.5, save_steps=1, max_steps=8)
+    settings = options(learning_rate=0.5, save_steps=1, max_steps=4)
     try:
         finetune(settings)
     except DivergenceError as error:

@@ -174,13 +174,13 @@ def _dora(number: Normal, sizes: Sizes):
 
 
 def _grouped(number: Normal, sizes: Sizes):
-    m, n, k, r = sizes
+    _, n, k, _ = sizes
     inputs, _ = _linear(number, sizes)
     return {**inputs, **_projection(number, n // 2 + 1, k, 3, "2")}, {}
 
 
 def _mixed(number: Normal, sizes: Sizes):
-    m, n, k, r = sizes
+    m, n, k, _ = sizes
     inputs, _ = _linear(number, sizes)
     second = _projection(number, n, k, 3, "2")
     del second["weight2"]
