@@ -25,9 +25,10 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --require-kernel-tests
 
-# What takes minutes each, as the training that is stopped at every one of its disk operations.
+# All of `make test`, and what takes minutes each, as the training that is stopped at every one of
+# its disk operations; then the table of what was measured, bench/results/reliability.json.
 test-long: $(SETUP)
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long or not long" -p bench.reliability
 
 # At most six minutes on a CPU; on a GPU the sizes grow to fit its memory.
 bench: $(SETUP)

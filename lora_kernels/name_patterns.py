@@ -25,8 +25,8 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 MAX_LENGTH = 1 << 16
-# Some four seconds. A thousand names and a thousand patterns of letters take a million steps.
-MAX_STEPS = 8_000_000
+# Some seconds at most. A thousand names and a thousand patterns of letters take half of them.
+MAX_STEPS = 1_000_000
 
 Node = Callable[["_Run", int], int]
 
@@ -36,6 +36,19 @@ class Budget:
 
     def __init__(self, steps: int = MAX_STEPS) -> None:
         self.left = steps
+
+    def spend(self, steps: int, text: str) -> None:
+        """Takes steps for an expression.
+
+        Raises:
+            ValueError: there are not as many left.
+        """
+        self.left -= steps
+        if self.left < 0:
+            raise ValueError(
+                f"regular expression {text[:300]!r}: expected one that is matched with all names "
+                f"within {MAX_STEPS} steps"
+            )
 
 
 class NamePattern:
@@ -52,7 +65,9 @@ class NamePattern:
         self.text = text
         parsed = parser.parse(text)
         flags = parsed.state.flags
-        self._plain = re.compile(text) if _is_plain(parsed) else None
+        is_plain = _is_plain(parsed)
+        self._plain = re.compile(text) if is_plain else None
+        self._plain_end = re.compile(rf"(?:.*\.)?(?:{text})") if is_plain else None
         self._node = _sequence(parsed, flags)
 
     def fullmatch(self, name: str, budget: Budget | None = None) -> bool:
@@ -62,17 +77,15 @@ class NamePattern:
             ValueError: the budget is used up.
         """
         if self._plain is not None:
-            _Run(self.text, name, budget or Budget()).spend(1)
+            (budget or Budget()).spend(1, self.text)
             return self._plain.fullmatch(name) is not None
         return bool(self.ends(name, 1, budget) >> len(name) & 1)
 
     def match_end(self, name: str, budget: Budget | None = None) -> bool:
         """Whether the name matches, or what is behind one of its dots: PEFT's rule of patterns."""
-        if self._plain is not None:
-            run = _Run(self.text, name, budget or Budget())
-            run.spend(1)
-            starts = (0, *(index + 1 for index, character in enumerate(name) if character == "."))
-            return any(self._plain.fullmatch(name, start) for start in starts)
+        if self._plain_end is not None:
+            (budget or Budget()).spend(1, self.text)
+            return self._plain_end.fullmatch(name) is not None
         return bool(self.ends(name, segment_starts(name), budget) >> len(name) & 1)
 
     def index_after(self, name: str, budget: Budget | None = None) -> int | None:
@@ -112,12 +125,7 @@ class _Run:
         self.masks: dict[Any, int] = {}
 
     def spend(self, steps: int) -> None:
-        self.budget.left -= steps
-        if self.budget.left < 0:
-            raise ValueError(
-                f"regular expression {self.text[:300]!r}: expected one that is matched with all "
-                f"names within {MAX_STEPS} steps"
-            )
+        self.budget.spend(steps, self.text)
 
     def mask(self, key: Any, test: Callable[[int], bool], length: int) -> int:
         """The positions below `length` that pass a test, which is made once."""
@@ -186,11 +194,14 @@ def _node(code: Any, value: Any, flags: int) -> Node:
 def _literal(letters: str) -> Node:
     def ends(run: _Run, starts: int) -> int:
         run.spend(2)
-        found, at = 0, run.name.find(letters)
-        while at >= 0:
-            found |= (starts >> at & 1) << at + len(letters)
-            at = run.name.find(letters, at + 1)
-        return found
+        if letters not in run.masks:
+            mask, at = 0, run.name.find(letters)
+            while at >= 0:
+                run.spend(1)
+                mask |= 1 << at
+                at = run.name.find(letters, at + 1)
+            run.masks[letters] = mask
+        return (starts & run.masks[letters]) << len(letters)
 
     return ends
 
@@ -255,7 +266,12 @@ def _assertion(node: Node, width: int | None, wanted: bool) -> Node:
         return bool(behind) == wanted
 
     def ends(run: _Run, starts: int) -> int:
-        return starts & run.mask(ends, lambda i: holds(run, i), len(run.name) + 1)
+        found = 0
+        for i in range(starts.bit_length()):
+            if starts >> i & 1:
+                run.spend(1)
+                found |= int(holds(run, i)) << i
+        return found
 
     return ends
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from lora_kernels.config import LoraConfig
 from lora_kernels.name_patterns import MAX_STEPS, Budget, NamePattern, segment_starts
 
-names = st.text("ab.0_A", max_size=9)
+# (An empty name is none, and Python 3.14 has changed what \B is in one.)
+names = st.text("ab.0_A", min_size=1, max_size=9)
 atoms = st.sampled_from(
     ["a", "b", "ab", ".", r"\.", r"\d", r"\w", r"\W", r"\D", r"\s", "[ab]", "[^a]", "[a-c0]", "0",
      "_", "A", "^", "$", r"\b", r"\B", r"\A", r"\Z", r"[^\d.]", "(?!)"]
@@ -78,7 +79,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:30])
 def test_what_is_slow_in_re_is_not(text):
-    """A thousand long names: an answer or an error within two seconds."""
+    """A thousand long names: an answer or an error, soon."""
     names = [f"{'a' * 60}.{i}.{'a' * 60}!" for i in range(1000)]
     budget = Budget()
     start = time.process_time()
@@ -89,7 +90,7 @@ def test_what_is_slow_in_re_is_not(text):
     except ValueError as error:
         assert str(error).startswith(f"regular expression {text[:20]!r}"[:-1])
         assert f"{MAX_STEPS} steps" in str(error)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 5
 
 
 def test_exponential_expressions_have_their_exact_answer():

@@ -15,11 +15,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, transpose: bool) ->
     rotary_dim = cos.shape[-1]
     half = rotary_dim // 2
     sin1, sin2 = sin.unsqueeze(1).chunk(2, dim=-1)
+    halves = (sin2, -sin1) if transpose else (-sin1, sin2)
     # Not by cat, which under autocast refuses a 16-bit dtype that is not autocast's.
     factors = torch.empty_like(sin).unsqueeze(1)
-    first, second = factors.chunk(2, dim=-1)
-    first.copy_(sin2 if transpose else -sin1)
-    second.copy_(-sin1 if transpose else sin2)
+    for part, half_row in zip(factors.chunk(2, dim=-1), halves, strict=True):
+        part.copy_(half_row)
 
     # The halves are swapped by copies, so that both arithmetic passes run over whole rows: on two
     # CPU cores (bf16, 2048 x 32 heads x 128) 2.9 ms, against 8.5 ms with two half-row addcmul_.

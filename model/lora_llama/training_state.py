@@ -29,6 +29,8 @@ SCHEDULER = "scheduler"
 SCALER = "scaler"
 # What older versions, and transformers itself, write in their place.
 PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+# What restoring a state raises that is none.
+_NO_STATE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
 # State of these names has the parameter's shape, whichever optimizer it is.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
@@ -55,7 +57,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
                     where = f"state {index}: {name}"
                     entries[name] = _like(parameters[index], name, value, where)
         optimizer.load_state_dict(state)
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
+    except _NO_STATE as error:
         raise ValueError(f"{file}: no state of this optimizer: {error}") from error
 
 
@@ -86,7 +88,7 @@ def load_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, directory: 
                 group["initial_lr"] = new
                 group["lr"] = group["lr"] * (new / old) if old else new
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
+    except _NO_STATE as error:
         raise ValueError(f"{file}: no state of this schedule: {error}") from error
 
 
@@ -146,7 +148,7 @@ def load_rng(directory: Path, rank: int, world_size: int, seed: int, step: int) 
             shares[saved] = float(state["unlogged_loss"])
             if saved == rank:
                 set_rng_state(state)
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except _NO_STATE as error:
             file = directory / f"{name}.json"
             raise ValueError(f"{file}: no state of random generators: {error}") from error
     if rank not in shares:

@@ -1,17 +1,20 @@
 """A corpus of bad files: each is refused with an error that names it, nothing else is opened."""
 
+import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_kernels.adapter_files import load_adapter
+from lora_kernels.adapters import load_adapter_into
 from lora_llama import LoraLlama
 
 # The fixtures' module is no package: its names come with the fixtures.
@@ -273,6 +276,36 @@ def sys_int_digits(limit: int = 0) -> int:
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(limit)
     return before
+
+
+UNSUPPORTED = (r"(a)\1", "(?>a+)b")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+@pytest.mark.parametrize("text", [
+    "(a+)+$", "(a|aa)+$", "(.*)*b", "(a?){50}a{50}b", ".*" * 30 + "x", "(?=(a+)+$)b", "((a*)*)*b",
+    "(a{1000}){1000}", *UNSUPPORTED,
+])  # fmt: skip
+def test_expressions_that_take_for_ever_in_re(text, field, watch, tmp_path):
+    """Of a file's config, against the names in the file and in the model."""
+    names = [f"{'a' * 64}{i}_" for i in range(200)]
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in names})
+    config = {"peft_type": "LORA", "r": 1, "target_modules": names}
+    config[field] = {text: 2} if field == "rank_pattern" else text
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        f"base_model.model.{name}.lora_{matrix}.weight": torch.ones(shape)
+        for name in names
+        for matrix, shape in (("A", (1, 2)), ("B", (2, 1)))
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    if field == "exclude_modules" and text not in UNSUPPORTED:
+        # Whatever it excludes, or that it takes too many steps, is known soon.
+        with contextlib.suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            watch.measured(lambda: load_adapter_into(model, tmp_path))
+        return
+    watch.refused(lambda path: load_adapter_into(model, path), tmp_path, tmp_path, "")
 
 
 LLAMAS: list[tuple[dict[str, Any], str]] = [

@@ -1,10 +1,11 @@
 """What two processes compute, measured against one: `test_distributed.py` launches and judges it.
 
-    torchrun --nproc-per-node 2 distributed_worker.py DIRECTORY
+    torchrun --nproc-per-node 2 distributed_worker.py DIRECTORY [DTYPE CASE ...]
 
-Each process trains on its half of a batch of unequal lengths. The same model in one process, on the
-whole batch, is what it is measured against: rank 0 computes that too. DIRECTORY/report.json then
-has the measurements by case, and DIRECTORY the adapters that the cases have saved.
+Each process trains on its share of a batch of unequal lengths. The same model in one process, on
+the whole batch, is what it is measured against; every process computes that too. What process N has
+measured, by case, is then in DIRECTORY/report-N.json, and the adapters that the cases have saved
+are beside it.
 """
 
 import copy
@@ -86,9 +87,10 @@ def batch(rows: slice) -> dict[str, Tensor]:
     return {name: tensor[rows] for name, tensor in tensors.items()}
 
 
-def half() -> slice:
-    rank = dist.get_rank()
-    return slice(2 * rank, 2 * rank + 2)
+def share() -> slice:
+    """This process's rows: half of them, of two processes."""
+    rows, rank = len(LENGTHS) // dist.get_world_size(), dist.get_rank()
+    return slice(rows * rank, rows * (rank + 1))
 
 
 def loss_of(model: nn.Module, rows: slice, processes: int) -> Tensor:
@@ -160,8 +162,8 @@ def train(model: nn.Module, rows: slice, processes: int) -> tuple[dict[str, Tens
 
 
 def against_one_process(parallel: nn.Module, single: nn.Module) -> Report:
-    """Trains both: the one on this process's half of the batch, the other on all of it."""
-    gradients, losses = train(parallel, half(), dist.get_world_size())
+    """Trains both: the one on this process's share of the batch, the other on all of it."""
+    gradients, losses = train(parallel, share(), dist.get_world_size())
     expected_gradients, expected_losses = train(single, slice(None), 1)
     mean = torch.tensor(losses)
     dist.all_reduce(mean)
@@ -258,7 +260,7 @@ def fused_calls(model: nn.Module) -> list[int]:
     for (module, name), operation in originals.items():
         setattr(module, name, counted(names.index(name), operation))
     try:
-        loss_of(model, half(), 1)
+        loss_of(model, share(), 1)
     finally:
         for (module, name), operation in originals.items():
             setattr(module, name, operation)
@@ -288,7 +290,7 @@ def kernels(output: Path) -> Report:
     single = lora_llama(config, target_modules=["q_proj", "v_proj", "down_proj"]).double()
     sharded = shard(copy.deepcopy(single), own_head=True)
     with lk.implementation("triton"):
-        loss_of(sharded, half(), dist.get_world_size()).backward()
+        loss_of(sharded, share(), dist.get_world_size()).backward()
     loss_of(single, slice(None), 1).backward()
     return {"gradient_error": worst_error(named_gradients(sharded), named_gradients(single))}
 
@@ -305,7 +307,7 @@ def checkpointed(output: Path) -> Report:
     found = []
     for sharded in (plain, replayed):
         torch.manual_seed(4 + dist.get_rank())
-        loss_of(sharded, half(), dist.get_world_size()).backward()
+        loss_of(sharded, share(), dist.get_world_size()).backward()
         found.append(named_gradients(sharded))
     return {
         "bitwise": all(torch.equal(found[0][name], g) for name, g in found[1].items()),
@@ -323,7 +325,7 @@ def mixed_precision(output: Path) -> Report:
         loss_of(plain, slice(None), 1).backward()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     sharded = shard(lora_llama(), mp_policy=policy)
-    loss_of(sharded, half(), dist.get_world_size()).backward()
+    loss_of(sharded, share(), dist.get_world_size()).backward()
     found, low = named_gradients(sharded), named_gradients(plain)
     return {
         "dtypes": sorted({str(gradient.dtype) for gradient in found.values()}),
@@ -548,11 +550,14 @@ def cases() -> Iterator[tuple[str, Callable[[Path], Report]]]:
         yield case.__name__, case
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, dtype: str = "float32", *wanted: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    torch.set_default_dtype(getattr(torch, dtype))
     report = {}
     for name, case in cases():
+        if wanted and name not in wanted:
+            continue
         output = directory / name.replace(" ", "-")
         report[name] = case(output)
     (directory / f"report-{dist.get_rank()}.json").write_text(json.dumps(report))
@@ -560,4 +565,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

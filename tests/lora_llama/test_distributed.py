@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch import Tensor
 from lora_kernels.adapter_files import load_adapter
 from lora_kernels.testing import MAX_RATIO
 from lora_llama.options import FinetuneOptions
+from lora_llama.trainer import LoraTrainer
 from lora_llama.training import finetune
 
 HERE = Path(__file__).parent
@@ -66,9 +68,9 @@ def launch(*command: str | Path) -> str:
     return done.stdout
 
 
-def torchrun(*command: str | Path) -> str:
+def torchrun(*command: str | Path, processes: int = PROCESSES) -> str:
     return launch(
-        "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", *command
+        "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command
     )
 
 
@@ -229,12 +231,38 @@ def test_a_head_that_is_a_unit_of_its_own_needs_no_logits(measured):
     assert found["hook_sees"] == [[4, 11, 97]]
 
 
+@pytest.mark.long
+def test_four_processes_of_which_some_have_no_part_of_a_small_weight(tmp_path):
+    """A has 3 rows; in float64, so that the order of a sum is no matter."""
+    cases = [*PARALLEL, "every_part", "head_adapter"]
+    torchrun(HERE / "distributed_worker.py", tmp_path, "float64", *cases, processes=4)
+    reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(4)]
+    for rank, report in enumerate(reports):
+        assert sorted(report) == sorted(cases)
+        for case in [*PARALLEL, "every_part"]:
+            found = report[case]
+            assert found["ranks_equal"]
+            assert max(found["gradient_error"], found["weight_error"]) <= 1e-12
+            if rank == 0 and not case.startswith("ddp"):
+                assert found["file_error"] <= 1e-12
+        assert report["head_adapter"]["copied"] and report["head_adapter"]["unmerged"]
+    for case in FSDP:
+        assert [report[case]["written"] for report in reports] == [True, False, False, False]
+        assert sum(report[case]["base_share"] for report in reports) == pytest.approx(1)
+
+
 # Whole trainings. A global batch is four rows: of one process, or two of each of two.
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process computes where the two do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def options(tiny_llama: Path, sums, write_rows) -> FinetuneOptions:
-    """Ten optimizer steps of an epoch; a checkpoint after the third."""
+    """Six optimizer steps of four rows; a checkpoint after the third, and the last."""
     return FinetuneOptions(
         model=str(tiny_llama), data=write_rows(sums), dtype="float32", val_set_size=4, max_steps=6,
         save_steps=3, eval_steps=3, warmup_steps=0, learning_rate=1e-2, lora_r=4,
@@ -334,6 +362,17 @@ def test_two_processes_train_as_one_does(two_processes, one_process):
         for end in (".json", ".safetensors")
     }
     assert names == expected | generators
+
+
+def test_the_speed_is_that_of_all_processes():
+    trainer = object.__new__(LoraTrainer)
+    trainer.tokens_trained, trainer.seconds_trained = 10, 2.0
+    trainer.args = SimpleNamespace(device="cpu")
+    for processes, speed in ((1, 5.0), (2, 10.0)):
+        trainer.accelerator = SimpleNamespace(
+            num_processes=processes, reduce=lambda numbers, how, count=processes: numbers * count
+        )
+        assert trainer.tokens_per_second() == speed
 
 
 def test_one_process_goes_on_from_two(two_processes, one_process, options, tmp_path):

@@ -649,12 +649,19 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     *(
         ({name: value}, f"{name}: expected a positive number, got {value}")
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "lora_alpha")
-        for value in (0, -1, math.nan)
+        for value in (0, -1)
     ),
     *(
-        ({name: value}, f"{name}: expected 0 or more, got {value}")
+        ({name: -1}, f"{name}: expected 0 or more, got -1")
         for name in ("val_set_size", "weight_decay")
-        for value in (-1, math.nan)
+    ),
+    *(
+        ({name: value}, f"{name}: expected a finite number, got {value}")
+        for name in (
+            "learning_rate", "max_grad_norm", "num_train_epochs", "lora_alpha", "val_set_size",
+            "weight_decay",
+        )
+        for value in (math.nan, math.inf)
     ),
     ({"max_length": 1}, "max_length: expected at least 2, got 1"),
     ({"max_steps": 0}, "max_steps: expected a positive number or -1, got 0"),

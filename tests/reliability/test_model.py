@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 import lora_kernels as lk
@@ -137,7 +138,7 @@ def test_packed_sequences_have_the_gradients_of_separate_ones(attention, llama, 
 def test_checkpointing_of_the_kernels_keeps_every_bit(reentrant, llama, figure, device):
     """With dropout: the mask of the second forward pass is the first one's."""
     model = llama(dropout=0.3, num_hidden_layers=1).to(device)
-    ids = sequence(9).to(device)
+    ids = sequence(5).to(device)
     with lk.implementation("triton"):
         _, expected = step(model, input_ids=ids, labels=ids)
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -226,6 +227,7 @@ def test_a_block_compiles_to_one_graph_of_any_length(llama, figure):
     block = model.model.layers[0]
     exact = copy.deepcopy(block).double()
     torch._dynamo.reset()
+    counters.clear()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
     ratios = {}
@@ -248,7 +250,8 @@ def test_a_block_compiles_to_one_graph_of_any_length(llama, figure):
         for name, value in found.items():
             ratios[f"{name} {length}"] = compare(value, eager[name], oracle[name]).ratio
     worst = max(ratios, key=ratios.__getitem__)
-    figure(17, "graph breaks of a block (fullgraph)", 0, 0.0)
+    breaks = sum(counters["graph_break"].values())
+    figure(17, "graph breaks of a block", breaks, 0.0)
     # The call around the block is a graph without operations.
     graphs = [
         graph for graph in counter.graphs
@@ -256,5 +259,5 @@ def test_a_block_compiles_to_one_graph_of_any_length(llama, figure):
     ]  # fmt: skip
     figure(17, "graphs of a block for lengths 127 and 193", len(graphs), 1.0)
     figure(17, "compiled over eager error", ratios[worst], MAX_RATIO)
-    assert len(graphs) == 1
+    assert len(graphs) == 1 and not breaks
     assert ratios[worst] <= MAX_RATIO, worst

@@ -62,7 +62,7 @@ def test_nothing_given_or_saved_is_written(operation, impl, device, figure):
     assert all(torch.equal(one, two) for one, two in zip(first, kept, strict=True))
     assert not storages(outputs) & storages(given)
     assert len(storages(outputs)) == sum(1 for y in outputs if y.numel())
-    figure(14, "operations that write nothing they are given", 1, combine="sum")
+    figure(14, "calls that write nothing, by operation and path", 1, combine="sum")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
