@@ -420,6 +420,27 @@ TENSOR_FAULTS = (
         for size in LENGTHS
     ),
     Fault("length of the file", lambda c: struct.pack("<Q", len(c)) + c[8:], "header of"),
+    Fault("overlap", overlap, "overlaps"),
+    Fault("gap", gap, "leaves a gap"),
+    Fault("a byte behind", lambda c: c + b"\0", "bytes behind the header, got"),
+    Fault("bytes behind", lambda c: c + bytes(1 << 16), "bytes behind the header, got"),
+    *(
+        Fault(f"offsets {offsets}", with_first(data_offsets=offsets), "data_offsets")
+        for offsets in (
+            [0, 1 << 62],
+            [-4, 4],
+            [8, 0],
+            [0],
+            [0, 4, 8],
+            [0.0, 4.0],
+            [False, True],
+            ["0", "4"],
+            None,
+            {},
+            [0, 1 << 64],
+            [1 << 70, 1 << 71],
+        )
+    ),
     Fault("length 0", lambda c: bytes(8) + c[8:], "begins with '{'"),
     *(
         Fault(f"shape {str(shape)[:30]}", with_first(shape=shape), "shape")
@@ -470,27 +491,6 @@ LONG_HEADERS = (
         "header over the bound",
         lambda c: joined(json.dumps(split(c)[0]).encode() + b" " * MAX_HEADER_BYTES, split(c)[1]),
         f"header of at most {MAX_HEADER_BYTES} bytes",
-    ),
-    Fault("overlap", overlap, "overlaps"),
-    Fault("gap", gap, "leaves a gap"),
-    Fault("a byte behind", lambda c: c + b"\0", "bytes behind the header, got"),
-    Fault("bytes behind", lambda c: c + bytes(1 << 16), "bytes behind the header, got"),
-    *(
-        Fault(f"offsets {offsets}", with_first(data_offsets=offsets), "data_offsets")
-        for offsets in (
-            [0, 1 << 62],
-            [-4, 4],
-            [8, 0],
-            [0],
-            [0, 4, 8],
-            [0.0, 4.0],
-            [False, True],
-            ["0", "4"],
-            None,
-            {},
-            [0, 1 << 64],
-            [1 << 70, 1 << 71],
-        )
     ),
     Fault("1e5 keys", lambda c: many(100_000), f"at most {MAX_TENSORS} tensors"),
     Fault("65,537 keys", lambda c: many(MAX_TENSORS + 1), f"at most {MAX_TENSORS} tensors"),

@@ -150,7 +150,7 @@ def test_a_trained_head_learns_and_the_base_keeps_its_own(tiny_llama: Path):
     model = LoraLlama.from_pretrained(tiny_llama, lora=config).train()
     assert isinstance(model.lm_head, ModulesToSave)
     assert model.get_output_embeddings().weight is model.lm_head.modules_to_save["default"].weight
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     before = model.lm_head.weight.detach().clone()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     losses = []

@@ -678,7 +678,7 @@ def test_checkpointing_leaves_every_gradient_bit_as_it_is(reentrant: bool, dropo
         return adapter_gradients(model, input_ids=ids, labels=ids)
 
     expected = gradients()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert model.is_activation_checkpointing
     calls = []
     handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -141,7 +141,7 @@ def test_checkpointing_of_the_kernels_keeps_every_bit(reentrant, llama, figure, 
     ids = sequence(5).to(device)
     with lk.implementation("triton"):
         _, expected = step(model, input_ids=ids, labels=ids)
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         _, actual = step(model, input_ids=ids, labels=ids)
     assert len(expected) == 14
     different = sum(not torch.equal(actual[name], value) for name, value in expected.items())
@@ -156,7 +156,7 @@ def test_one_step_trains_every_adapter(reentrant, llama, figure):
         if "lora_B" in name:
             nn.init.zeros_(parameter)
     if reentrant is not None:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     before = capture_lora_weights(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     step(model, input_ids=sequence(19), labels=sequence(19))
