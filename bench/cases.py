@@ -91,7 +91,7 @@ def step_cases(device: torch.device, free: int, dtype: str, sizes: str = "full")
 def emulated_step(dtype: str, sizes: str = "full") -> StepCase:
     """The small model's step in a 16-bit dtype that the CPU emulates: what its targets need."""
     case = step_cases(torch.device("cpu"), 0, dtype, sizes)[0]
-    return replace(case, only=("frozen", "peft", "accelerated", "ours"))
+    return replace(case, only=("frozen", "peft", "ours"))
 
 
 def _bundled() -> bool:
