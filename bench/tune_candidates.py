@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from bench.compile_report import compile_case
-from lora_kernels.lora_linear.compile_cases import HEAVY, USUAL, Config, kernel_case
+from lora_kernels.lora_linear.compile_cases import FORWARD, HEAVY, USUAL, Config, kernel_case
 from lora_kernels.lora_linear.plan import chunk_rows, decode_splits
 from lora_kernels.lora_linear.tables import (
     DecodeConfig,
@@ -116,7 +116,12 @@ def candidates(arch: str, part: str, r: int) -> list[Config]:
 
 def needed_cases(part: str, config: Config) -> Iterator[Any]:
     """The compile cases that must be sound for the configuration to stand in a table."""
-    heavy = (HEAVY, replace(HEAVY, label="int64", int64=True))
+    heavy = [HEAVY, replace(HEAVY, label="int64", int64=True)]
+    if part in FORWARD:
+        heavy += [
+            replace(variant, label=f"{variant.label} scales", options=False, scales=True)
+            for variant in heavy
+        ]
     if part in ("split", "dx"):
         # Narrow along the rank for small ranks, and those that 16 does not divide.
         assert isinstance(config, TileConfig)

@@ -109,11 +109,20 @@ def test_tiles_for_a_size():
 
 
 def test_needed_cases_are_those_of_the_compile_report():
-    """Descriptors bring the pointer kernels along, GEMMs both widths along the rank."""
+    """Descriptors bring the pointer kernels along, GEMMs both widths along the rank; DoRA's scales
+    take the place of a bias."""
     tile = TileConfig(128, 128, 64, 64, 8, 3, descriptors=True)
     names = [case.name for case in needed_cases("split", tile)]
-    assert len(names) == len(set(names)) == 8
-    for words in (" descriptors r16", " descriptors r64", "64 r16", "64 r64", "x3 heavy", "int64"):
+    assert len(names) == len(set(names)) == 12
+    for words in (
+        " descriptors r16",
+        " descriptors r64",
+        "64 r16",
+        "64 r64",
+        "x3 heavy",
+        "int64",
+        "scales",
+    ):
         assert any(words in name for name in names)
     names = " ".join(
         case.name for case in needed_cases("decode", DecodeConfig(64, 64, 16, 4, 4, 3))
