@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import calls_directly, requested, resolve
 from lora_kernels.lora_linear import eager, reference
+from lora_kernels.lora_linear.checks import check_projection, widest_dtype
 from lora_kernels.lora_linear.dora import column_scale, scale_gradient
 from lora_kernels.lora_linear.dropout import Dropout, draw_seeds, generator_keep
 from lora_kernels.lora_linear.plan import Plan, plan
@@ -159,7 +160,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """`names` is what errors call each projection's arguments by: a prefix."""
     for name, projection in zip(names, projections, strict=True):
-        _validate(x, *projection, dropout_p, name)
+        check_projection(x, *projection, dropout_p, name)
     if dropout_p > 0.0 and any(projection[-1] is not None for projection in projections):
         return tuple(
             _with_dropout(x, projection, dropout_p, impl, name)
@@ -253,80 +254,6 @@ def _scalings(scalings: Sequence[float | Tensor], x: Tensor) -> tuple[list[float
     return [1.0] * len(rows), torch.stack(rows)
 
 
-def _validate(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float | Tensor,
-    bias: Tensor | None,
-    magnitude: Tensor | None,
-    dropout_p: float,
-    prefix: str,
-) -> None:
-    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
-    if bias is not None:
-        tensors["bias"] = bias
-    if magnitude is not None:
-        tensors["magnitude"] = magnitude
-    for argument, tensor in tensors.items():
-        name = argument if argument == "x" else prefix + argument
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-    for name in ("weight", "lora_a", "lora_b"):
-        if tensors[name].dim() != 2:
-            raise ValueError(
-                f"{prefix}{name}: expected 2 dimensions, got {tuple(tensors[name].shape)}"
-            )
-    if x.dim() < 1:
-        raise ValueError("x: expected at least 1 dimension, got a scalar")
-    n, k = weight.shape
-    r = lora_a.shape[0]
-    if r < 1:
-        raise ValueError(
-            f"{prefix}lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}"
-        )
-    expected = {
-        "x": (*x.shape[:-1], k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,), "magnitude": (n,)
-    }  # fmt: skip
-    for name, tensor in tensors.items():
-        if name != "weight" and tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"{name if name == 'x' else prefix + name}: expected shape "
-                f"{tuple(expected[name])} for weight {(n, k)} and rank {r}, "
-                f"got {tuple(tensor.shape)}"
-            )
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise ValueError(
-            f"{prefix}weight: expected requires_grad=False (the base weight is frozen and gets no "
-            "gradient), got requires_grad=True"
-        )
-    if isinstance(scaling, Tensor):
-        if scaling.numel() != 1 or not scaling.is_floating_point():
-            raise ValueError(
-                f"{prefix}scaling: expected a float or a floating-point tensor with one element, "
-                f"got {scaling.dtype} of shape {tuple(scaling.shape)}"
-            )
-        if scaling.device != x.device:
-            raise ValueError(
-                f"{prefix}scaling: expected x's device {x.device}, got {scaling.device}"
-            )
-        if torch.is_grad_enabled() and scaling.requires_grad:
-            raise ValueError(
-                f"{prefix}scaling: expected requires_grad=False, got requires_grad=True"
-            )
-    elif not isinstance(scaling, int | float):
-        raise TypeError(
-            f"{prefix}scaling: expected a float or a tensor, got {type(scaling).__name__}"
-        )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-
-
 def _plan(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -410,14 +337,6 @@ def _(
     return ys, x.new_empty(x.shape[0] if save_s else 0, rank)
 
 
-def _adapter_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Their common dtype; of different ones, the widest."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def _gradients(
     dys: Sequence[Tensor],
     x: Tensor | None,
@@ -455,7 +374,7 @@ def _gradients(
     dx, d_lora_a, d_lora_bs, d_biases = gradients
     return (
         like.new_empty(0) if dx is None else dx,
-        like.new_empty(0) if d_lora_a is None else d_lora_a.to(_adapter_dtype(lora_as)),
+        like.new_empty(0) if d_lora_a is None else d_lora_a.to(widest_dtype(lora_as)),
         [d.to(b.dtype) for d, b in zip(d_lora_bs or [], lora_bs if need_db else [], strict=True)],
         [d.to(like.dtype) for d in d_biases or []],
     )
@@ -475,7 +394,7 @@ def _(
     rank = sum(lora_a.shape[0] for lora_a in lora_as)
     return (
         like.new_empty(like.shape[0], k) if need_dx else like.new_empty(0),
-        like.new_empty(rank, k, dtype=_adapter_dtype(lora_as)) if need_da else like.new_empty(0),
+        like.new_empty(rank, k, dtype=widest_dtype(lora_as)) if need_da else like.new_empty(0),
         [lora_b.new_empty(lora_b.shape) for lora_b in lora_bs] if need_db else [],
         [like.new_empty(weight.shape[0]) for weight in weights] if need_dbias else [],
     )

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lora_kernels.lora_linear.checks import check_tensors
 from lora_kernels.lora_linear_mixed.rows import MixedRows
 
 
@@ -32,13 +33,7 @@ def check_arguments(
     named |= {f"lora_bs[{a}]": lora_b for a, lora_b in enumerate(lora_bs)}
     if bias is not None:
         named["bias"] = bias
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    check_tensors(named)
     if x.dim() < 1:
         raise ValueError("x: expected at least 1 dimension, got a scalar")
     for name, tensor in named.items():

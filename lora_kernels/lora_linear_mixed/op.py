@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import calls_directly, requested, resolve
+from lora_kernels.lora_linear.checks import widest_dtype
 from lora_kernels.lora_linear.dropout import draw_seeds
 from lora_kernels.lora_linear.op import architecture
 from lora_kernels.lora_linear_mixed import eager, reference
@@ -174,13 +175,6 @@ def _(
     return y, x.new_empty(x.shape[0] if save_s else 0, rank)
 
 
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def _gradients(
     dy: Tensor,
     x: Tensor | None,
@@ -205,7 +199,7 @@ def _gradients(
     """
     need_dx, need_da, need_db, need_dbias = needs
     flags = (need_dx, need_da, need_db, need_dbias)
-    dtype, dtypes = dy.dtype, (_widest(lora_as), _widest(lora_bs))
+    dtype, dtypes = dy.dtype, (widest_dtype(lora_as), widest_dtype(lora_bs))
     rows = MixedRows(row_adapters, order, sorted_adapters, starts)
     dropout = _dropout(seed, dropouts)
     chosen = _plan(dy, weight, lora_as, dropout is not None, impl)
@@ -246,8 +240,12 @@ def _(
     (n, k), rank = weight.shape, sum(lora_a.shape[0] for lora_a in lora_as)
     return (
         dy.new_empty(dy.shape[0], k) if need_dx else dy.new_empty(0),
-        dy.new_empty(rank * k if need_da else 0, dtype=_widest(lora_as) if need_da else dy.dtype),
-        dy.new_empty(rank * n if need_db else 0, dtype=_widest(lora_bs) if need_db else dy.dtype),
+        dy.new_empty(
+            rank * k if need_da else 0, dtype=widest_dtype(lora_as) if need_da else dy.dtype
+        ),
+        dy.new_empty(
+            rank * n if need_db else 0, dtype=widest_dtype(lora_bs) if need_db else dy.dtype
+        ),
         dy.new_empty(n if need_dbias else 0),
     )
 
