@@ -181,7 +181,7 @@ def _finetune(**options: Any) -> None:
     if not trainer.is_world_process_zero():
         return
     if result.gradients:
-        print("\ngradients of the first step (every A and B of every layer was checked):")
+        print("\ngradients of the first step (every tensor of the adapter was checked):")
         print(gradient_table(result.gradients))
     mfu = "" if result.mfu is None else f", MFU {result.mfu:.1%}"
     print(

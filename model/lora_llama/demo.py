@@ -84,7 +84,7 @@ def run_demo(output_dir: str = "outputs/demo", max_steps: int | None = None) -> 
     )
     print(f"\ntraining on {len(train_rows)} rows, {options.max_steps} steps:")
     result = train_and_save(trainer)
-    print("\ngradients of the first step (every A and B of every layer was checked):")
+    print("\ngradients of the first step (every tensor of the adapter was checked):")
     print(gradient_table(result.gradients))
 
     print("\nafter training, the same three messages:")

@@ -45,7 +45,12 @@ class FinetuneOptions:
         lora_dropout: dropout on the adapter's input.
         lora_target_modules: names of the projections that get an adapter, as q_proj,v_proj or
             [q_proj,v_proj]; all-linear takes every one.
+        lora_modules_to_save: names of modules that are trained and saved whole beside the adapter,
+            as lm_head,embed_tokens.
+        lora_bias: train a bias on each B; only layers with a bias can merge it.
+        init_lora_weights: true (B zero), gaussian, orthogonal, pissa, pissa_niter_N or olora.
         use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
+        use_dora: train the norms of the updated weight's rows as well (DoRA).
         learning_rate: peak learning rate of AdamW.
         lr_scheduler_type: how the learning rate goes on after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
@@ -81,7 +86,11 @@ class FinetuneOptions:
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | str = field(default_factory=lambda: list(ALL_PROJECTIONS))
+    lora_modules_to_save: list[str] | str | None = None
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
     use_rslora: bool = False
+    use_dora: bool = False
     learning_rate: float = 2e-4
     lr_scheduler_type: Schedule = "cosine"
     warmup_steps: int = 10
@@ -144,15 +153,17 @@ class FinetuneOptions:
 
     def lora_config(self) -> LoraConfig:
         """The adapter that these options describe."""
-        targets = self.lora_target_modules
-        if isinstance(targets, str) and targets != "all-linear":
-            targets = [name.strip() for name in targets.split(",")]
+        targets, saved = self.lora_target_modules, self.lora_modules_to_save
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=targets,
+            target_modules=targets if targets == "all-linear" else _names(targets),
+            modules_to_save=None if saved is None else _names(saved),
+            lora_bias=self.lora_bias,
+            init_lora_weights=self.init_lora_weights,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             task_type="CAUSAL_LM",
         )
 
@@ -213,6 +224,11 @@ class FinetuneOptions:
         new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
         option = "activation_checkpointing" if new_name else "gradient_checkpointing"
         return {option: True, f"{option}_kwargs": {"use_reentrant": False}}
+
+
+def _names(listed: list[str] | str) -> list[str]:
+    """The names of a list, or of a text with commas between them."""
+    return [name.strip() for name in listed.split(",")] if isinstance(listed, str) else listed
 
 
 def default_device() -> torch.device:

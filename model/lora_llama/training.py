@@ -184,12 +184,13 @@ def _interrupted(trainer: LoraTrainer) -> TrainingInterrupted:
 
 def _check_moved(trainer: LoraTrainer, before: dict[str, torch.Tensor]) -> None:
     """Raises ValueError naming the trained weights that are what they were."""
-    steps, active = trainer.moving_steps, trainer.model.active_adapters()
+    steps = trainer.moving_steps
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     still = [
         name
         for name in unchanged_weights(before, capture_lora_weights(trainer.model))
-        # The first step moves B alone: while B is 0, A's gradient is.
-        if name.rpartition(".")[2] in active and steps >= (1 if ".lora_B." in name else 2)
+        # The first step leaves A where it is: while B is 0, A's gradient is.
+        if name in trained and steps >= (2 if ".lora_A." in name else 1)
     ]
     if still:
         raise ValueError("adapter weights have not moved: " + ", ".join(still))
@@ -203,12 +204,12 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
             What can be checked without the model's weights is checked before they are read, and
             nothing is written before the training begins.
     """
+    config = options.lora_config()
     located = list(read_located(options.data))
     held_out: list[tuple[str, Row]] = []
     if options.val_set_size:
         located, held_out = split_dataset(located, options.val_set_size, options.seed)
     arguments = options.training_arguments(bool(held_out))
-    config = options.lora_config()
     checkpoint = find_checkpoint(options)
     if checkpoint is not None:
         check_checkpoint(checkpoint, {"default": config})

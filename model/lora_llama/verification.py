@@ -5,7 +5,7 @@ from torch import Tensor
 
 import lora_kernels as lk
 from lora_kernels.config import LoraConfig
-from lora_kernels.layers import lora_layers
+from lora_kernels.injection import is_adapter_parameter
 from lora_llama.gradients import GradientError, gradient_table, verify_gradients
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import ALL_PROJECTIONS
@@ -60,11 +60,8 @@ def verify_model(model: LoraLlamaForCausalLM, r: int, tokens: int, seed: int) ->
 def _gradients(model: LoraLlamaForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     model(input_ids=ids, labels=ids).loss.backward()
-    gradients = {}
-    for path, layer in lora_layers(model):
-        for adapter in layer.active_adapters:
-            for kind, parameters in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                gradient = parameters[adapter].grad
-                if gradient is not None:
-                    gradients[f"{path}.{kind}.{adapter}"] = gradient.detach().float().clone()
-    return gradients
+    return {
+        name: parameter.grad.detach().float().clone()
+        for name, parameter in model.named_parameters()
+        if is_adapter_parameter(name) and parameter.grad is not None
+    }

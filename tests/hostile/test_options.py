@@ -68,7 +68,11 @@ FINETUNE: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "lora_alpha": (NO_NUMBER, (*INFINITE, 0, -1)),
     "lora_dropout": (NO_NUMBER, (*INFINITE, -0.1, 1, 2)),
     "lora_target_modules": ((1, None, {"a": 1}, [1], [None]), ([], "", [""], "q_proj,,v_proj")),
+    "lora_modules_to_save": ((1, True, {"a": 1}, [1], [None]), ([""], "", "lm_head,")),
+    "lora_bias": (NO_BOOL, ()),
+    "init_lora_weights": ((1, None, [True], {}), ("", "eva", "true", "pissa_niter_", "0")),
     "use_rslora": (NO_BOOL, ()),
+    "use_dora": (NO_BOOL, ()),
     "learning_rate": (NO_NUMBER, (*INFINITE, 0, -1e-4)),
     "lr_scheduler_type": ((1, None, True), ("", "cosin", "reduce_lr_on_plateau")),
     "warmup_steps": (NO_INT, (-1,)),
@@ -91,6 +95,8 @@ FINETUNE: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 }  # fmt: skip
 FINETUNE_TOGETHER: tuple[tuple[dict[str, Any], str], ...] = (
     ({"eval_samples": 3, "val_set_size": 0}, "eval_samples"),
+    ({"lora_bias": True, "use_dora": True}, "lora_bias"),
+    ({"lora_bias": True, "init_lora_weights": "pissa"}, "init_lora_weights"),
 )
 
 
@@ -125,7 +131,10 @@ def test_every_field_has_its_cases(kind, table):
             "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "base_model_name_or_path",
             "revision", "inference_mode",
         },
-        FinetuneOptions: {"packing", "train_on_inputs", "use_rslora", "gradient_checkpointing"},
+        FinetuneOptions: {
+            "packing", "train_on_inputs", "lora_bias", "use_rslora", "use_dora",
+            "gradient_checkpointing",
+        },
     }[kind]  # fmt: skip
 
 

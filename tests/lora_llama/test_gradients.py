@@ -10,7 +10,12 @@ from transformers import LlamaConfig
 
 from lora_kernels import LoraConfig, inject_lora
 from lora_llama import LoraLlama, capture_lora_weights, verify_gradients
-from lora_llama.gradients import GradientError, GradientNorms, unchanged_weights
+from lora_llama.gradients import (
+    GradientError,
+    GradientNorms,
+    gradient_table,
+    unchanged_weights,
+)
 
 IDS = torch.arange(3, 14)[None]
 Q = "model.layers.0.self_attn.q_proj"
@@ -96,6 +101,56 @@ def test_every_fault_is_an_error_that_names_the_tensor(edit, reason: str, half: 
     message = str(caught.value)
     assert message.startswith("1 of 8 ") and f"{path}.{half}.default: {reason}" in message
     assert message.count("\n") == 1 and isinstance(caught.value, ValueError)
+
+
+EXTRAS = {
+    f"{Q}.lora_magnitude_vector.default": {"use_dora": True},
+    f"{Q}.lora_bias.default": {"lora_bias": True},
+    "lm_head.modules_to_save.default.weight": {"modules_to_save": ["lm_head"]},
+    "model.norm.modules_to_save.default.weight": {"modules_to_save": ["norm"], "use_dora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+@pytest.mark.parametrize("name", EXTRAS)
+def test_all_that_an_adapter_trains_is_checked(name: str):
+    model = trained(**EXTRAS[name])
+    rows, parameter = verify_gradients(model), model.get_parameter(name)
+    assert isinstance(parameter, nn.Parameter)
+    norm = parameter.grad.norm().item()
+    if name.startswith(Q):
+        reported = {"lora_bias": rows[0].lora_bias, "magnitude": rows[0].magnitude}
+        assert [value for value in reported.values() if value is not None] == [
+            pytest.approx(norm, rel=1e-6)
+        ]
+    trainable = sum(p.requires_grad for p in model.parameters())
+    for edit, reason in (
+        (forget, "no gradient"),
+        (zero, "gradient is zero"),
+        (lambda p: p.grad.fill_(math.nan), "gradient has NaN or Inf"),
+    ):
+        model = trained(**EXTRAS[name])
+        edit(model.get_parameter(name))
+        with pytest.raises(GradientError) as caught:
+            verify_gradients(model)
+        assert str(caught.value) == (
+            f"1 of {trainable} adapter gradients are wrong:\n  {name}: {reason}"
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+def test_the_table_has_what_the_adapters_have():
+    rows = verify_gradients(trained(init=True))
+    assert gradient_table(rows).splitlines()[0].split("  ")[-1] == "|d_lora_B| median (min .. max)"
+    assert gradient_table(rows).count("0, as it must be while B is 0") == 2
+    dora = gradient_table(verify_gradients(trained(use_dora=True)))
+    header, *lines = dora.splitlines()
+    assert "d_magnitude" in header and "d_lora_bias" not in header and len(lines) == 2
+    assert "as it must be" not in dora and all(line.count("e-") >= 9 for line in lines)
+    mixed = rows + verify_gradients(trained(lora_bias=True))[:1]
+    header, first, second = gradient_table(mixed).splitlines()
+    # Of two adapters one has it; v_proj's has none.
+    assert "d_lora_bias" in header and first.count("e-") >= 6 and second.endswith(" -")
 
 
 def test_all_faults_are_named_at_once():
@@ -195,6 +250,12 @@ def test_captured_weights_are_copies_of_every_adapter():
         part(model, V, "lora_B").mul_(2)
     changed = {f"{Q}.lora_A.default", f"{V}.lora_B.default"}
     assert set(unchanged_weights(before, capture_lora_weights(model))) == names - changed
+
+
+def test_captured_are_magnitudes_biases_and_whole_modules():
+    model = trained(use_dora=True, modules_to_save=["lm_head"])
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert capture_lora_weights(model).keys() == names and len(names) == 13
 
 
 def test_an_optimizer_step_moves_every_adapter():

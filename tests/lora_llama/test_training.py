@@ -161,6 +161,57 @@ def test_ten_steps_train_every_weight(name, options, sums, write_rows):
     assert [step for step, _ in result.eval_losses] == evaluated
 
 
+# What an adapter may have beside A and B: the options, and its tensors in the file.
+ADAPTERS: dict[str, tuple[dict[str, Any], int]] = {
+    "lora_bias": ({"lora_bias": True}, 42),
+    "whole modules": ({"lora_modules_to_save": "lm_head, norm"}, 28 + 1 + 5),
+    "dora, whole modules": ({"use_dora": True, "lora_modules_to_save": ["embed_tokens"]}, 43),
+    "pissa": ({"init_lora_weights": "pissa"}, 28),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*shared with", "ignore:Model with `tie", "ignore:.*lora_bias=True"
+)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_kind_of_adapter_is_trained_saved_and_resumed(name, options, tmp_path, on_cpu):
+    changes, tensors = ADAPTERS[name]
+    settings = options(max_steps=6, save_steps=3, **changes)
+    trainer, expected = finetune(settings)
+    assert expected.train_losses[-1][1] < expected.train_losses[0][1]
+    for row in expected.gradients:
+        assert (row.lora_a == 0) == row.b_is_zero == (name != "pissa")
+        for norm, has_it in ((row.magnitude, "dora" in name), (row.lora_bias, name == "lora_bias")):
+            assert (norm is not None and 0 < norm < math.inf) if has_it else norm is None
+    saved = adapter_of(settings.output_dir)
+    assert len(saved) == tensors
+
+    checkpoint = str(Path(settings.output_dir) / "checkpoint-3")
+    again = options(
+        max_steps=6,
+        output_dir=str(tmp_path / "again"),
+        resume_from_checkpoint=checkpoint,
+        **changes,
+    )
+    _, resumed = finetune(again)
+    assert resumed.train_losses == expected.train_losses
+    assert_same_tensors(adapter_of(again.output_dir), saved)
+
+    item = trainer.train_dataset[0]
+    loaded = LoraLlamaForCausalLM.from_pretrained(settings.output_dir).eval()
+    assert torch.equal(token_losses(loaded, item), token_losses(trainer.model.eval(), item))
+
+
+def test_a_whole_module_that_does_not_move_is_an_error(options, sums, trainer_of):
+    trainer = trainer_of(options(max_steps=3, lora_modules_to_save=["norm"]), sums)
+    weight = trainer.model.model.norm.modules_to_save["default"].weight
+    trainer.add_callback(DropGradient(weight))
+    with pytest.raises(
+        ValueError, match=r"not moved: model\.norm\.modules_to_save\.default\.weight$"
+    ):
+        train_and_save(trainer)
+
+
 def test_only_the_adapter_changes(options, tiny_llama):
     trainer, _ = finetune(options(weight_decay=0.1))
     original = LlamaForCausalLM.from_pretrained(tiny_llama).state_dict()
