@@ -170,7 +170,10 @@ def _dora(number: Normal, sizes: Sizes):
     m, n, k, r = sizes
     # The norm of a row without elements is zero, and the scale not defined.
     inputs, _ = _linear(number, (m, n, max(k, 1), r))
-    return {**inputs, "magnitude": number(n)}, {}
+    # Norms far from zero, and magnitudes of their size, as in training: where W + s B A nearly
+    # vanishes the scale has no bound, and what it multiplies no digits.
+    inputs["weight"][:, 0] = 8 + inputs["weight"][:, 0].abs()
+    return {**inputs, "magnitude": 8 * number(n)}, {}
 
 
 def _grouped(number: Normal, sizes: Sizes):
