@@ -6,6 +6,7 @@ the same names, and the command line wins over it.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -271,6 +272,14 @@ def _parser() -> Any:
     return parser
 
 
+def _with_underscores(argument: str) -> str:
+    """--seq-len is --seq_len."""
+    name, equals, value = argument.partition("=")
+    if re.fullmatch(r"--[a-z][\w-]*", name):
+        name = f"--{name[2:].replace('-', '_')}"
+    return f"{name}{equals}{value}"
+
+
 def _config_first(arguments: list[str]) -> list[str]:
     """The arguments with --config right behind the command: jsonargparse lets what is later win."""
     options: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
@@ -312,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         with one message on stderr.
     """
     name = None
-    given = sys.argv[1:] if arguments is None else arguments
+    given = list(map(_with_underscores, sys.argv[1:] if arguments is None else arguments))
     try:
         parser = _parser()
         chosen = parser.parse_args(_config_first(given))

@@ -9,14 +9,17 @@
                   [T, V] of all tokens are never made
     working       the largest set of temporaries of the backward pass: those of an MLP
     gathered      FSDP2: two blocks' weights, the one that computes and the next, and those outside
-                  the blocks (embedding, final norm, head), which stay gathered for the step
+                  the blocks (embedding, final norm, head), which stay gathered for the step;
+                  DDP: the buckets in which the gradients travel
     runtime       CUDA's context, library workspaces and the allocator's slack
 
     H hidden size, I intermediate size, h and k heads and key-value heads of D, V vocabulary
 
 A block keeps its input, both normalised inputs, the attention's q, k, v, output and log-sum, the
 residual stream after attention, gate, up and their product. The figures are those of this package's
-operations with an attention that keeps no [T, T] matrix (flash or memory-efficient SDPA).
+operations with an attention that keeps no [T, T] matrix (flash or memory-efficient SDPA). An
+evaluation of as many sequences takes less than the step: it keeps no activations, and no logits
+either.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +27,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
+from transformers import LlamaConfig
 
 from lora_kernels.linear_cross_entropy.op import chunk_rows
 from lora_llama.options import ALL_PROJECTIONS, DTYPES
@@ -162,6 +166,11 @@ def estimate_memory(
     # While a chunk of logits is alive no gradient of a block is, and the other way about. In an MLP
     # the gradient of down's input takes the place of that input, and those of gate and up are new.
     working = max(logits, tokens * bytes_each * (2 * hidden + 2 * inner))
+    gathered = 0
+    if shards > 1:
+        gathered = bytes_each * (2 * block + embeddings + hidden)
+    elif gpus > 1:
+        gathered = _FP32 * adapter
     return MemoryEstimate(
         weights=bytes_each * (layers * block + embeddings + hidden) // shards,
         adapter=_FP32 * adapter // shards,
@@ -170,7 +179,7 @@ def estimate_memory(
         activations=activations,
         loss=loss,
         working=working,
-        gathered=0 if shards == 1 else bytes_each * (2 * block + embeddings + hidden),
+        gathered=gathered,
         runtime=RUNTIME_BYTES if device_type == "cuda" else 0,
     )
 
@@ -220,9 +229,9 @@ def estimate_table(
 
 def estimate(
     model: str,
-    seq_len: list[int] | int = 2048,
-    gpus: list[int] | int = 1,
-    lora_r: list[int] | int = 16,
+    seq_len: list[int] | int | str = 2048,
+    gpus: list[int] | int | str = 1,
+    lora_r: list[int] | int | str = 16,
     batch_size: int = 1,
     lora_target_modules: list[str] | str = "all-linear",
     dtype: BaseDtype = "bfloat16",
@@ -233,7 +242,7 @@ def estimate(
     Args:
         model: directory or hub id of a Llama (its config.json alone is read), or one of
             smollm2-135m, llama-1b, llama-3b, llama-8b, llama-70b.
-        seq_len: tokens of a sequence; one number or several, as [1024,4096].
+        seq_len: tokens of a sequence; one number or several, as 1024,4096.
         gpus: how many GPUs; one number or several.
         lora_r: rank of the adapter; one number or several.
         batch_size: sequences on each GPU at a time.
@@ -243,16 +252,20 @@ def estimate(
     """
     from lora_llama.loading import read_llama_config
 
-    config = PRESETS.get(model) or read_llama_config(model, None, check_weights=False)
+    lengths, base_dtype = _several("seq_len", seq_len), DTYPES[dtype]
+    counts, ranks = _several("gpus", gpus), _several("lora_r", lora_r)
     targets = lora_target_modules
     if targets == "all-linear":
         targets = list(ALL_PROJECTIONS)
     elif isinstance(targets, str):
         targets = [name.strip() for name in targets.split(",")]
-    lengths, base_dtype = _several(seq_len), DTYPES[dtype]
+    config = PRESETS.get(model)
+    if config is None:
+        # What the file leaves out has a default.
+        config = LlamaConfig(**read_llama_config(model, None, check_weights=False)).to_dict()
     table = estimate_table(
-        config, lengths, _several(gpus), _several(lora_r), batch_size=batch_size,
-        target_modules=targets, dtype=base_dtype, sharding=sharding,
+        config, lengths, counts, ranks, batch_size=batch_size, target_modules=targets,
+        dtype=base_dtype, sharding=sharding,
     )  # fmt: skip
     print(f"{model}, {dtype}, {sharding}, batch {batch_size}: GiB on each GPU\n{table}")
     for length in lengths:
@@ -261,5 +274,13 @@ def estimate(
     print("Calculated, not measured; `runtime` is an allowance for CUDA and its allocator.")
 
 
-def _several(value: list[int] | int) -> list[int]:
-    return [value] if isinstance(value, int) else value
+def _several(name: str, value: list[int] | int | str) -> list[int]:
+    """The numbers of a list, or of a text with commas between them."""
+    parts: list[Any] = value if isinstance(value, list) else str(value).split(",")
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"{name}: expected whole numbers, as 1,8, got {value!r}")
+    return numbers

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.activations import ACT2FN
@@ -52,11 +53,15 @@ from lora_kernels.sharding import (
     is_exactly,
     is_first_process,
     is_sharded,
+    is_sharded_module,
     refuse_sharded,
 )
 from lora_kernels.targets import match_modules_to_save, match_target_modules
 from lora_kernels.weighted_adapters import add_weighted_adapter
 from lora_llama import loading
+
+# Positions whose logits a head that is not frozen makes at a time where no gradient is wanted.
+_SCORED_AT_ONCE = 128
 
 
 class LoraRMSNorm(LlamaRMSNorm):
@@ -316,30 +321,39 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         adapter_names: Sequence[str] | None = None,
+        loss_per_row: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As LlamaForCausalLM's, but that a training step's output has no logits.
+        """As LlamaForCausalLM's, but that a training step's output has no logits and no cache.
 
         Args:
             input_ids: [B, T], or inputs_embeds [B, T, hidden] in their place.
             labels: [B, T] like input_ids, -100 where nothing is to be learned; position t is scored
                 against labels[t + 1]. `shift_labels` [B, T] in kwargs is aligned already, and
                 `num_items_in_batch` is what the summed loss is divided by.
+            use_cache: None is False in training mode and with labels, else the config's. (With a
+                cache transformers does not see that position_ids restart: packed sequences would
+                attend to one another.)
             adapter_names: for each of the B rows the adapter that it uses, or "__base__"
                 (`lora_kernels/mixed_batch.py`, with the errors). Training reaches those that
                 `set_adapter([...])` has made trainable.
+            loss_per_row: the loss is [B], the sum over each row's scored positions, and there are
+                no logits; for evaluation, it keeps those of a few positions at a time.
 
         Returns:
             loss (with labels), past_key_values, and logits [B, T, vocabulary]: None in training
-            mode with labels where the head is frozen. `model.eval()` has them always.
+            mode with labels where the head is frozen. `model.eval()` has them always, but with
+            loss_per_row.
         """
+        if use_cache is None and (self.training or labels is not None):
+            use_cache = False
         if adapter_names is not None:
             rows = input_ids if inputs_embeds is None else inputs_embeds
             batch = mixed_batch(self, adapter_names, None if rows is None else rows.shape[0])
             with batch.applied(self):
                 return LoraLlamaForCausalLM.forward(
                     self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
-                    labels, use_cache, logits_to_keep, mixed=batch, **kwargs,
+                    labels, use_cache, logits_to_keep, None, loss_per_row, mixed=batch, **kwargs,
                 )  # fmt: skip
         arguments = {
             "input_ids": input_ids,
@@ -351,15 +365,22 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             **kwargs,
         }
         shifted = kwargs.get("shift_labels")
-        if labels is None or logits_to_keep != 0 or not self._has_frozen_head():
+        without_logits = self.training and logits_to_keep == 0 and self._has_frozen_head()
+        if labels is None or not (loss_per_row or without_logits):
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **arguments)
         outputs = self.model(**arguments)
 
         def head_loss(hidden_states: Tensor) -> Tensor:
+            targets = (labels if shifted is None else shifted).to(hidden_states.device)
+            if loss_per_row:
+                if shifted is None:
+                    hidden_states, targets = hidden_states[:, :-1], targets[:, 1:]
+                rows = zip(hidden_states, targets, strict=True)
+                return torch.stack([self._summed_loss(*row) for row in rows])
             return linear_cross_entropy(
                 hidden_states,
                 self.lm_head.weight,
-                (labels if shifted is None else shifted).to(hidden_states.device),
+                targets,
                 num_items=kwargs.get("num_items_in_batch"),
                 shift=shifted is None,
             )
@@ -382,12 +403,27 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
             arguments["adapter_names"] = [name for name in names for _ in range(expand_size)]
         return input_ids, arguments
 
+    def _summed_loss(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses of hidden_states [T, hidden], without all of the logits."""
+        head = self.lm_head
+        if self._has_frozen_head():
+            return linear_cross_entropy(
+                hidden_states, head.weight, targets, num_items=1, shift=False
+            )
+        total = hidden_states.new_zeros((), dtype=torch.float32)
+        for part, labels in zip(
+            hidden_states.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True
+        ):
+            # Within `call_as` a sharded head's own forward is this very function.
+            logits = type(head).forward(head, part) if is_sharded_module(head) else head(part)
+            total += F.cross_entropy(logits.float(), labels, reduction="sum")
+        return total
+
     def _has_frozen_head(self) -> bool:
         """Whether the loss is one operation on the head's weight: nothing in it trains or hooks."""
         head = self.lm_head
         return (
-            self.training
-            and is_exactly(head, nn.Linear)
+            is_exactly(head, nn.Linear)
             and not head.weight.requires_grad
             and head.bias is None
             and self.loss_function is ForCausalLMLoss

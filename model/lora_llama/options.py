@@ -48,7 +48,8 @@ class FinetuneOptions:
         lora_modules_to_save: names of modules that are trained and saved whole beside the adapter,
             as lm_head,embed_tokens.
         lora_bias: train a bias on each B; only layers with a bias can merge it.
-        init_lora_weights: true (B zero), gaussian, orthogonal, pissa, pissa_niter_N or olora.
+        init_lora_weights: how A and B begin: true (B zero), gaussian, orthogonal, pissa,
+            pissa_niter_N or olora.
         use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
         use_dora: train the norms of the updated weight's rows as well (DoRA).
         learning_rate: peak learning rate of AdamW.
@@ -59,7 +60,8 @@ class FinetuneOptions:
         num_train_epochs: passes over the data, unless max_steps is given.
         max_steps: optimizer steps; -1 counts epochs instead.
         per_device_train_batch_size: sequences per forward pass.
-        per_device_eval_batch_size: sequences per forward pass in evaluation.
+        per_device_eval_batch_size: sequences per forward pass in evaluation; by default as many as
+            in training, which needs more memory.
         gradient_accumulation_steps: forward passes per optimizer step.
         gradient_checkpointing: recompute activations in backward, to save memory.
         logging_steps: optimizer steps between logged losses.
@@ -99,7 +101,7 @@ class FinetuneOptions:
     num_train_epochs: float = 1.0
     max_steps: int = -1
     per_device_train_batch_size: int = 4
-    per_device_eval_batch_size: int = 4
+    per_device_eval_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     logging_steps: int = 1
@@ -114,8 +116,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         check_types(self)
         at_least = {
-            "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 0,
+            "max_length": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+            "logging_steps": 1, "eval_steps": 0,
             "eval_samples": 0, "save_steps": 0, "warmup_steps": 0, "lora_r": 1, "seed": 0,
         }  # fmt: skip
         for name in ("model", "data", "gguf_file", "resume_from_checkpoint"):
@@ -132,8 +134,10 @@ class FinetuneOptions:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(f"save_total_limit: expected at least 1, got {self.save_total_limit}")
+        for name in ("save_total_limit", "per_device_eval_batch_size"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         if self.eval_samples and not self.val_set_size:
             raise ValueError(
                 f"eval_samples: expected 0 without held-out rows (val_set_size), "
@@ -190,7 +194,9 @@ class FinetuneOptions:
             num_train_epochs=self.num_train_epochs,
             max_steps=self.max_steps,
             per_device_train_batch_size=self.per_device_train_batch_size,
-            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            per_device_eval_batch_size=(
+                self.per_device_eval_batch_size or self.per_device_train_batch_size
+            ),
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             **self._checkpointing(),
             logging_steps=self.logging_steps,

@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -199,14 +198,9 @@ class LoraTrainer(CheckpointingTrainer):
         Trainer's own evaluation averages the means of batches, whose tokens differ in number.
         """
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")[:, 1:]
         with torch.no_grad():
-            logits = model(**inputs).logits[:, :-1]
-            losses = [
-                F.cross_entropy(row.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
-                for row, target in zip(logits, labels, strict=True)
-            ]
-        return None, torch.stack(losses), (labels != IGNORE_INDEX).sum(1)
+            losses = model(**inputs, loss_per_row=True).loss
+        return None, losses, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1)
 
 
 def mean_loss(prediction: Any) -> dict[str, float]:

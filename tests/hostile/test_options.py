@@ -81,7 +81,7 @@ FINETUNE: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "num_train_epochs": (NO_NUMBER, (*INFINITE, 0, -1)),
     "max_steps": (NO_INT, (0, -2)),
     "per_device_train_batch_size": (NO_INT, (0, -1)),
-    "per_device_eval_batch_size": (NO_INT, (0, -1)),
+    "per_device_eval_batch_size": (("8", 8.0, True, [8], {}), (0, -1)),
     "gradient_accumulation_steps": (NO_INT, (0, -1)),
     "gradient_checkpointing": (NO_BOOL, ()),
     "logging_steps": (NO_INT, (0, -1)),

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 import lora_kernels
 from lora_kernels import LoraConfig, LoraLinear
 from lora_llama import LoraLlama, verify_gradients
+from lora_llama import model as model_module
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The same sums in another order, through two layers and back: 3e-6 was the largest difference
@@ -515,6 +516,48 @@ def test_a_head_that_is_not_plainly_frozen_keeps_its_logits():
     assert torch.equal(output.loss, output.logits.sum())
     adapted = lora_llama(base_model(tiny_config()), adapter(target_modules=["lm_head", "q_proj"]))
     assert adapted.train()(**inputs).logits is not None
+
+
+HEADS = {
+    "frozen": {},
+    "trained": {},
+    "with an adapter": {"target_modules": ["lm_head", "q_proj"]},
+    "a copy": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_losses_by_row_need_no_logits(head: str, shifted: bool, monkeypatch):
+    settings = {"target_modules": PROJECTIONS, **HEADS[head]}
+    model = lora_llama(base_model(tiny_config()), adapter(**settings)).eval()
+    if head == "trained":
+        model.lm_head.weight.requires_grad_(True)
+    monkeypatch.setattr(model_module, "_SCORED_AT_ONCE", 4)
+    ids = tokens(3, 10)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    labels[1] = -100
+    targets = labels if shifted else F.pad(labels[:, 1:], (0, 1), value=-100)
+    inputs = {"input_ids": ids, "labels": labels}
+    if shifted:
+        inputs["shift_labels"] = targets
+    with torch.no_grad():
+        logits = model(ids).logits
+        output = model(**inputs, loss_per_row=True)
+    assert output.logits is None and output.loss.shape == (3,) and output.loss[1] == 0
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
+    assert relative_error(output.loss, expected) <= FLOAT32
+
+
+def test_a_cache_is_made_where_there_is_something_to_go_on_with():
+    model = lora_llama(base_model(tiny_config()), adapter(target_modules=PROJECTIONS)).eval()
+    ids = tokens(1, 6)
+    assert model(ids).past_key_values.get_seq_length() == 6
+    assert model(ids, labels=ids).past_key_values is None
+    assert model(ids, labels=ids, use_cache=True).past_key_values is not None
+    assert model.train()(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values is not None
 
 
 def test_the_loss_is_the_cross_entropy_of_every_unmasked_label():

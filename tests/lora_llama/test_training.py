@@ -212,6 +212,18 @@ def test_a_whole_module_that_does_not_move_is_an_error(options, sums, trainer_of
         train_and_save(trainer)
 
 
+def test_an_evaluation_makes_no_logits_of_all_tokens(options, sums, trainer_of):
+    """Those of four rows would take more than the step that is trained between evaluations."""
+    trainer = trainer_of(options(), sums[:-9], sums[-9:])
+    losses = []
+    handle = trainer.model.register_forward_hook(
+        lambda module, arguments, output: losses.append((output.logits, output.loss.shape))
+    )
+    trainer.evaluate()
+    handle.remove()
+    assert losses == [(None, (4,)), (None, (4,)), (None, (1,))]
+
+
 def test_only_the_adapter_changes(options, tiny_llama):
     trainer, _ = finetune(options(weight_decay=0.1))
     original = LlamaForCausalLM.from_pretrained(tiny_llama).state_dict()
