@@ -36,7 +36,11 @@ def run_report(*arguments):
 
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(
+    "arch",
+    # A minute each: of AMD's two the short tier has one.
+    [pytest.param(a, marks=pytest.mark.long if a == "gfx950" else ()) for a in TARGETS],
+)
 def test_every_configuration_compiles(arch, tmp_path):
     """The interpreter accepts code that the compiler refuses, so its tests alone prove nothing.
 
