@@ -196,6 +196,8 @@ def _finetune(**options: Any) -> None:
 
 def _how_to_resume(interrupt: TrainingInterrupted, arguments: list[str]) -> str:
     """Where an interrupted training is saved, and the command that goes on with it."""
+    if interrupt.adapter is not None:
+        return str(interrupt)
     if interrupt.checkpoint is None:
         return "no checkpoint was saved; --save_steps saves them"
     if arguments[:1] != ["finetune"]:
@@ -208,12 +210,31 @@ def _how_to_resume(interrupt: TrainingInterrupted, arguments: list[str]) -> str:
             skips = True
         elif not argument.startswith("--resume_from_checkpoint="):
             kept.append(argument)
-    program = ["lora-llama"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        processes = f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-        program = ["torchrun", processes, "-m", "lora_llama.cli"]
-    command = [*program, *kept, "--resume_from_checkpoint", interrupt.checkpoint]
-    return f"{interrupt}; to go on:\n  {shlex.join(command)}"
+    resume = ["--resume_from_checkpoint", interrupt.checkpoint]
+    # accelerate's launcher of a single process sets no rank.
+    if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        return f"{interrupt}; to go on:\n  {shlex.join(['lora-llama', *kept, *resume])}"
+    launcher = _launcher(arguments)
+    if launcher is None:
+        return f"{interrupt}; to go on: the same launch command, with {shlex.join(resume)}"
+    here = ""
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        here = " (on this machine; each has its own launch command)"
+    return f"{interrupt}; to go on{here}:\n  {shlex.join([*launcher, *kept, *resume])}"
+
+
+def _launcher(arguments: list[str]) -> list[str] | None:
+    """What comes before the arguments in the command that has started this process.
+
+    torchrun and `accelerate launch` pass their own options on in no other way.
+    """
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return None
+    command = [os.fsdecode(word) for word in parent.split(b"\0")[:-1]]
+    start = len(command) - len(arguments)
+    return command[:start] if start > 0 and command[start:] == arguments else None
 
 
 def _load(

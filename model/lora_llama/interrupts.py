@@ -1,12 +1,17 @@
 """Ctrl-C and SIGTERM: the first lets the optimizer step end and a checkpoint be saved.
 
-The second stops at once. (torchrun follows a Ctrl-C, which its processes have received themselves,
-with a SIGTERM to each of them, and waits: there a signal of another kind is no second one.)
+The second stops at once. After the last step the adapter is saved whatever comes; of what follows,
+the last evaluation and metrics.json, the second signal alone takes something away.
+
+Of several processes one may learn of a signal from the others before it comes to itself, and a
+launcher may forward what its processes have had already: there a signal that comes within a second
+of the first is the first once more.
 """
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +20,15 @@ import torch
 from transformers import TrainerCallback
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO_SECONDS = 1.0
+
+STOPS = "stopping after this step, with a checkpoint"
+LAST_STEP = "this is the last step, and the adapter is saved after it"
+FINISHED = "the training is finished and its adapter saved; metrics.json follows"
+TORCHRUN = (
+    "torchrun kills what still runs 30 s after Ctrl-C, where its --shutdown-timeout or "
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT say nothing else"
+)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -23,12 +37,19 @@ class TrainingInterrupted(KeyboardInterrupt):
     Attributes:
         checkpoint: the last checkpoint that was saved, or None.
         signal: the signal's number.
+        adapter: where the adapter is, of a training that had made its last step; else None.
     """
 
-    def __init__(self, checkpoint: str | None, number: int = signal.SIGINT) -> None:
-        super().__init__(f"saved in {checkpoint}" if checkpoint else "no checkpoint was saved")
+    def __init__(
+        self, checkpoint: str | None, number: int = signal.SIGINT, adapter: str | None = None
+    ) -> None:
+        message = f"saved in {checkpoint}" if checkpoint else "no checkpoint was saved"
+        if adapter is not None:
+            message = f"the training was finished, and its adapter is saved in {adapter}"
+        super().__init__(message)
         self.checkpoint = checkpoint
         self.signal = number
+        self.adapter = adapter
 
 
 class StopRequest:
@@ -36,18 +57,49 @@ class StopRequest:
 
     Attributes:
         signal: the first signal's number, or None.
+        outcome: what the first signal leads to, as it is told to the user.
+        stopped: whether the training was ended because of it, before its last step.
     """
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self.signal: int | None = None
+        self.outcome = STOPS
+        self.stopped = False
+        self._accepted = 0.0
+        self._holds = self._held = False
+
+    def accept(self, number: int) -> None:
+        """Takes a signal, of this or of another process, for the first."""
+        self.signal, self._accepted = number, time.monotonic()
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.signal is None:
-            self.signal = number
+            self.accept(number)
             if os.environ.get("RANK", "0") == "0":
+                text = f"\n{self.outcome}; again stops at once\n"
+                if "TORCHELASTIC_RUN_ID" in os.environ:
+                    text += f"{TORCHRUN}\n"
                 # Not print: the signal may have come inside another print.
-                os.write(2, b"\nstopping after this step, with a checkpoint; again stops at once\n")
-        elif number == self.signal or "TORCHELASTIC_RUN_ID" not in os.environ:
+                os.write(2, text.encode())
+        elif "RANK" in os.environ and time.monotonic() < self._accepted + ECHO_SECONDS:
+            pass
+        elif self._holds:
+            self._held = True
+        else:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While it is open nothing stops; a second signal does at its end."""
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._holds = False
+        if self._held:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -57,7 +109,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.signal = None
+        self._reset()
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -74,15 +126,23 @@ class StopAfterStep(TrainerCallback):
         self.request = request
         self.accelerator = accelerator
 
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        if state.global_step + 1 >= state.max_steps:
+            self.request.outcome = LAST_STEP
+
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         requested = self.request.signal or 0
         if self.accelerator.num_processes > 1:
             # A signal may have come to one process, or to some a step later; all stop together.
             flag = torch.tensor(requested, device=self.accelerator.device)
             requested = int(self.accelerator.gather(flag[None]).max())
-            self.request.signal = requested or None
+            if requested and self.request.signal is None:
+                self.request.accept(requested)
         if requested and state.global_step < state.max_steps:
             # An evaluation that is due now is made up for when the training goes on.
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
+            self.request.stopped = True
+        elif state.global_step + 1 >= state.max_steps:
+            self.request.outcome = LAST_STEP

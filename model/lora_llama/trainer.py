@@ -82,8 +82,12 @@ class LoraTrainer(CheckpointingTrainer):
         try:
             super().train(resume_from_checkpoint)
         finally:
-            if self._bar is not None:
-                self._bar.close()
+            self.close_bar()
+
+    def close_bar(self) -> None:
+        """Leaves the progress bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
 
     # One forward and backward pass.
 
@@ -133,6 +137,23 @@ class LoraTrainer(CheckpointingTrainer):
                 loss = self._forward().item()
                 fault = self._loss_watch.judge(loss)
                 self._stop_if(fault and fault + self._origin(loss), 0)
+
+    def save_adapter(self) -> None:
+        """Writes the adapter and tokenizer into output_dir; every process calls this.
+
+        Raises:
+            DivergenceError: the weights are no good; nothing is written.
+            OSError: they cannot be written; in every process.
+        """
+        self.prove_weights()
+        failure = None
+        try:
+            # Trainer's own method, but that ours adds no pickle.
+            self.save_model()
+        except OSError as error:
+            failure = error
+        if self._any_process(failure is not None):
+            raise failure or OSError("the adapter could not be saved: another process says why")
 
     def _origin(self, loss: float) -> str:
         if math.isfinite(loss):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, TrainingArguments, set_seed
+from transformers import LlamaConfig, TrainerCallback, TrainingArguments, set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_llama import disk
@@ -33,7 +33,7 @@ from lora_llama.batching import (
 )
 from lora_llama.data import Row, check_token_ids, read_located, split_dataset
 from lora_llama.gradients import GradientNorms, capture_lora_weights, unchanged_weights
-from lora_llama.interrupts import TrainingInterrupted
+from lora_llama.interrupts import FINISHED, TrainingInterrupted
 from lora_llama.loading import (
     check_writable,
     is_adapter_directory,
@@ -116,12 +116,14 @@ class TrainingResult:
 def train_and_save(
     trainer: LoraTrainer, resume_from_checkpoint: str | None = None
 ) -> TrainingResult:
-    """Trains, saves the adapter and tokenizer, and writes metrics.json and loss.png.
+    """Trains, saves the adapter and tokenizer, evaluates, and writes metrics.json and loss.png.
 
     Raises:
         GradientError: the first step's gradients are wrong.
         DivergenceError: the loss or a gradient is not finite, or the loss has exploded.
         TrainingInterrupted: by Ctrl-C or SIGTERM; a checkpoint is saved, but at the second signal.
+            After the last step the adapter is saved in any case, and the first signal stops
+            nothing.
         ValueError: the checkpoint does not fit, or an adapter weight has not moved (all is saved by
             then).
         OSError: a checkpoint, or the adapter, cannot be written.
@@ -130,15 +132,56 @@ def train_and_save(
     before = capture_lora_weights(trainer.model)
     # Not trainer.evaluate(): a model that Trainer has evaluated is not made distributed any more.
     trainer.args.eval_on_start = _evaluates_on_start(trainer, resume_from_checkpoint)
+    last_step = SaveLastStep(trainer)
+    trainer.add_callback(last_step)
+    request = trainer.stop_request
     try:
-        with trainer.stop_request.listening():
+        with request.listening():
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            if request.stopped:
+                raise KeyboardInterrupt
+            if not last_step.saved or trainer.args.load_best_model_at_end:
+                last_step.save()
+            result = _write_records(trainer, start)
     except KeyboardInterrupt:
-        raise _interrupted(trainer) from None
+        raise TrainingInterrupted(
+            trainer.last_checkpoint,
+            request.signal or signal.SIGINT,
+            trainer.args.output_dir if last_step.saved else None,
+        ) from None
+    finally:
+        trainer.remove_callback(last_step)
+        trainer.close_bar()
+    _check_moved(trainer, before)
+    return result
+
+
+class SaveLastStep(TrainerCallback):
+    """Saves the adapter right after the last step, before what takes long.
+
+    Attributes:
+        saved: whether it is saved.
+    """
+
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self.trainer = trainer
+        self.saved = False
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            self.save()
+
+    def save(self) -> None:
+        request = self.trainer.stop_request
+        with request.held():
+            self.trainer.save_adapter()
+            self.saved = True
+            request.outcome = FINISHED
+
+
+def _write_records(trainer: LoraTrainer, start: float) -> TrainingResult:
+    """The last evaluation, metrics.json and loss.png."""
     history, steps = trainer.state.log_history, trainer.state.global_step
-    if trainer.stop_request.signal and steps < trainer.state.max_steps:
-        raise _interrupted(trainer)
-    trainer.prove_weights()
     eval_losses = losses_of(history, "eval_loss")
     if trainer.eval_dataset is not None and steps not in dict(eval_losses):
         eval_losses.append((steps, trainer.evaluate()["eval_loss"]))
@@ -153,14 +196,11 @@ def train_and_save(
         mfu=trainer.utilisation(),
         log=history,
     )
-    # Trainer's own method, but that ours adds no pickle; in every process.
-    trainer.save_model()
     if trainer.is_world_process_zero():
         directory = Path(trainer.args.output_dir)
         content = json.dumps(asdict(result), indent=2)
         disk.replace_file(directory / "metrics.json", f"{content}\n".encode())
         plot_losses(result.train_losses, result.eval_losses, directory / "loss.png")
-    _check_moved(trainer, before)
     return result
 
 
@@ -173,12 +213,6 @@ def _evaluates_on_start(trainer: LoraTrainer, checkpoint: str | None) -> bool:
         trainer.args.eval_strategy == "steps"
         and state.global_step % interval == 0
         and state.global_step not in dict(losses_of(state.log_history, "eval_loss"))
-    )
-
-
-def _interrupted(trainer: LoraTrainer) -> TrainingInterrupted:
-    return TrainingInterrupted(
-        trainer.last_checkpoint, trainer.stop_request.signal or signal.SIGINT
     )
 
 

@@ -1,20 +1,26 @@
-"""Ctrl-C and SIGTERM: the first ends the step and saves, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first ends the step and saves, the second stops at once.
+
+A training that has made its last step has its adapter saved, whatever comes.
+"""
 
 import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lora_kernels.adapter_files import load_adapter
-from lora_llama import cli
-from lora_llama.interrupts import SIGNALS, StopRequest, TrainingInterrupted
+from lora_llama import cli, interrupts
+from lora_llama.interrupts import SIGNALS, StopAfterStep, StopRequest, TrainingInterrupted
 from lora_llama.options import FinetuneOptions
 from lora_llama.trainer import LoraTrainer
 from lora_llama.training import finetune
@@ -50,6 +56,24 @@ def signals_at(monkeypatch) -> Callable[..., None]:
     return at
 
 
+@pytest.fixture
+def signals_in_evaluation(monkeypatch) -> Callable[..., None]:
+    """Sends signals to this process in the evaluation after a step."""
+
+    def after(step: int, *numbers: int) -> None:
+        original = LoraTrainer.evaluate
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            if self.state.global_step == step:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(LoraTrainer, "evaluate", evaluate)
+
+    return after
+
+
 def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in SIGNALS]
 
@@ -70,8 +94,7 @@ def test_the_first_signal_ends_the_step_and_saves(
     assert (caught.value.checkpoint, caught.value.signal) == (checkpoint, number)
     assert handlers() == before
     assert "stopping after this step, with a checkpoint; again stops" in capfd.readouterr().err
-    names = {path.name for path in Path(settings["output_dir"]).iterdir()}
-    assert names == {f"checkpoint-{step}", "loss.png"}
+    assert files(settings) == {f"checkpoint-{step}", "loss.png"}
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, result = finetune(FinetuneOptions(**settings, resume_from_checkpoint="latest"))
@@ -91,10 +114,94 @@ def test_the_second_signal_stops_at_once(settings, signals_at):
     assert not (Path(settings["output_dir"]) / "checkpoint-4").exists()
 
 
-def test_a_signal_in_the_last_step_ends_what_is_ended(settings, signals_at):
+def test_a_signal_in_the_last_step_ends_what_is_ended(settings, signals_at, capfd):
     signals_at(6, signal.SIGINT)
     _, result = finetune(FinetuneOptions(**settings))
-    assert result.steps == 6 and (Path(settings["output_dir"]) / "metrics.json").exists()
+    assert result.steps == 6 and result.eval_losses[-1][0] == 6
+    assert {"adapter_model.safetensors", "metrics.json", "loss.png"} < files(settings)
+    error = capfd.readouterr().err
+    assert "this is the last step, and the adapter is saved after it; again stops" in error
+    assert "with a checkpoint" not in error
+
+
+def test_the_only_step_is_the_last(settings, signals_in_evaluation, capfd):
+    """In the evaluation before it."""
+    signals_in_evaluation(0, signal.SIGINT)
+    finetune(FinetuneOptions(**settings | {"max_steps": 1}))
+    assert "this is the last step" in capfd.readouterr().err
+    assert {"adapter_model.safetensors", "metrics.json"} < files(settings)
+
+
+# 3: the evaluation after the last step is Trainer's own; 0: it comes when the training is over.
+@pytest.mark.parametrize("eval_steps", [0, 3])
+def test_a_signal_in_the_last_evaluation_takes_nothing_away(
+    eval_steps, settings, signals_in_evaluation, capfd
+):
+    settings["eval_steps"] = eval_steps
+    before = handlers()
+    signals_in_evaluation(6, signal.SIGTERM)
+    _, result = finetune(FinetuneOptions(**settings))
+    assert result.eval_losses[-1][0] == 6 and handlers() == before
+    assert {"adapter_model.safetensors", "metrics.json", "loss.png"} < files(settings)
+    assert "the training is finished and its adapter saved; metrics" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize("eval_steps", [0, 3])
+def test_two_signals_never_take_the_trained_adapter(
+    eval_steps, in_step, settings, signals_at, signals_in_evaluation, tmp_path, capfd
+):
+    """The first comes in the last step, or in the evaluation after it; the second there."""
+    settings["eval_steps"] = eval_steps
+    finetune(FinetuneOptions(**settings | {"output_dir": str(tmp_path / "whole")}))
+    before = handlers()
+    if in_step:
+        signals_at(6, signal.SIGINT)
+    signals_in_evaluation(6, *[signal.SIGINT] * (1 if in_step else 2))
+    arguments = ["finetune", *(f"--{name}={value}" for name, value in settings.items())]
+    assert cli.main(arguments) == 130 and handlers() == before
+    assert "metrics.json" not in files(settings)
+    ours, expected = (
+        load_adapter(path)[1] for path in (settings["output_dir"], tmp_path / "whole")
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    message = f"the training was finished, and its adapter is saved in {settings['output_dir']}"
+    assert capfd.readouterr().err.splitlines()[-1] == f"lora-llama: error: interrupted; {message}"
+
+
+def test_the_adapter_is_written_to_its_end(settings, monkeypatch):
+    original = LoraTrainer.save_model
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraTrainer, "save_model", save_model)
+    with pytest.raises(TrainingInterrupted) as caught:
+        finetune(FinetuneOptions(**settings))
+    assert caught.value.adapter == settings["output_dir"]
+    assert files(settings) == {
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_what_one_process_cannot_write_is_an_error_in_all(settings, monkeypatch):
+    original = LoraTrainer.save_model
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # From here on, another process tells of its failure.
+        monkeypatch.setattr(LoraTrainer, "_any_process", lambda self, flag: True)
+
+    monkeypatch.setattr(LoraTrainer, "save_model", save_model)
+    with pytest.raises(OSError, match="could not be saved: another process says why"):
+        finetune(FinetuneOptions(**settings | {"max_steps": 1, "val_set_size": 0}))
+
+
+def files(settings: dict[str, Any]) -> set[str]:
+    return {path.name for path in Path(settings["output_dir"]).iterdir()}
 
 
 def test_an_error_restores_the_handlers(settings, monkeypatch):
@@ -122,30 +229,55 @@ def test_a_thread_trains_without_handlers():
     assert found == [before]
 
 
+@pytest.mark.parametrize("second", SIGNALS)
 @pytest.mark.parametrize(
-    ("numbers", "torchrun", "stops"),
-    [
-        ((signal.SIGINT,), False, False),
-        ((signal.SIGINT, signal.SIGINT), False, True),
-        ((signal.SIGINT, signal.SIGTERM), False, True),
-        ((signal.SIGTERM, signal.SIGTERM), True, True),
-        ((signal.SIGINT, signal.SIGTERM), True, False),
-        ((signal.SIGINT, signal.SIGTERM, signal.SIGINT), True, True),
-    ],
+    ("launched", "seconds", "stops"), [(False, 0.0, True), (True, 0.9, False), (True, 1.1, True)]
 )
-def test_what_counts_as_the_second(numbers, torchrun, stops, monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    if torchrun:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+def test_what_counts_as_the_second(launched, seconds, stops, second, monkeypatch):
+    """Of several processes each may have the first signal twice: its own, and the launcher's."""
+    monkeypatch.delenv("RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("RANK", "0")
+    now = 100.0
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now)
     request = StopRequest()
     stopped = False
     with request.listening():
         try:
-            for number in numbers:
-                os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
+            now += seconds
+            os.kill(os.getpid(), second)
         except KeyboardInterrupt:
             stopped = True
-    assert stopped == stops and request.signal == numbers[0]
+    assert stopped == stops and request.signal == signal.SIGINT
+
+
+def test_what_another_process_has_told_of_is_no_second_signal(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    request = StopRequest()
+    accelerator = SimpleNamespace(
+        num_processes=2,
+        device="cpu",
+        gather=lambda flag: torch.tensor([signal.SIGINT, flag.item()]),
+    )
+    state, control = SimpleNamespace(global_step=2, max_steps=6), SimpleNamespace()
+    with request.listening():
+        StopAfterStep(request, accelerator).on_step_end(None, state, control)
+        assert control.should_save and control.should_training_stop and request.stopped
+        os.kill(os.getpid(), signal.SIGINT)
+    assert request.signal == signal.SIGINT
+
+
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_torchruns_patience_is_told(torchrun, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with StopRequest().listening():
+        os.kill(os.getpid(), signal.SIGINT)
+    told = "torchrun kills what still runs 30 s after Ctrl-C" in capfd.readouterr().err
+    assert told == torchrun
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -176,21 +308,86 @@ def test_the_command_that_is_printed_goes_on(
     assert ours["train_losses"] == expected["train_losses"]
 
 
-def test_the_command_replaces_an_older_checkpoint(monkeypatch):
-    interrupt = TrainingInterrupted("out/checkpoint-9")
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+GIVEN = ["finetune", "--model", "m", "--data=d d"]
+RESUME = "--resume_from_checkpoint out/checkpoint-9"
+
+
+@pytest.fixture
+def no_launcher(monkeypatch) -> None:
+    for name in ("RANK", "GROUP_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def how_to_resume(arguments: list[str]) -> str:
+    return cli._how_to_resume(TrainingInterrupted("out/checkpoint-9"), arguments)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_the_command_replaces_an_older_checkpoint():
     for older in (["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint=latest"]):
-        given = ["finetune", "--model", "m", *older, "--data=d d"]
-        assert cli._how_to_resume(interrupt, given).splitlines()[1].strip() == (
-            "lora-llama finetune --model m '--data=d d' --resume_from_checkpoint out/checkpoint-9"
+        assert how_to_resume(["finetune", "--model", "m", *older, "--data=d d"]) == (
+            "saved in out/checkpoint-9; to go on:\n"
+            f"  lora-llama finetune --model m '--data=d d' {RESUME}"
         )
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "\n  torchrun --nproc_per_node=2 -m lora_llama.cli finetune --model m" in (
-        cli._how_to_resume(interrupt, ["finetune", "--model", "m"])
-    )
-    assert cli._how_to_resume(interrupt, ["demo"]) == "saved in out/checkpoint-9"
+    assert how_to_resume(["demo"]) == "saved in out/checkpoint-9"
     assert "--save_steps" in cli._how_to_resume(TrainingInterrupted(None), ["finetune"])
+
+
+LAUNCHERS = {
+    "torchrun --standalone --nproc-per-node 2 -m lora_llama.cli": {"RANK": "0"},
+    "accelerate launch --config_file fsdp2.yaml -m lora_llama.cli": {"RANK": "0"},
+    "accelerate launch --num_processes 1 -m lora_llama.cli": {"ACCELERATE_MIXED_PRECISION": "no"},
+    "torchrun --nnodes 2 --node-rank 0 -m lora_llama.cli": {"RANK": "0", "GROUP_WORLD_SIZE": "2"},
+}
+AS_A_CHILD = """
+import sys
+from lora_llama import cli, interrupts
+interrupt = interrupts.TrainingInterrupted("out/checkpoint-9")
+print(cli._how_to_resume(interrupt, sys.argv[1:]))
+"""
+# A launcher, as far as a child can see it: it starts the script that it is given first.
+PARENT = """
+import subprocess, sys
+child, count = sys.argv[1], int(sys.argv[2])
+subprocess.run([sys.executable, child, *sys.argv[-count:]], check=True)
+"""
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_is_that_of_the_launcher(launcher, monkeypatch):
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "_launcher", lambda arguments: launcher.split())
+    first, command = how_to_resume([*GIVEN, "--resume_from_checkpoint=latest"]).splitlines()
+    assert command == f"  {launcher} finetune --model m '--data=d d' {RESUME}"
+    machines = " (on this machine; each has its own launch command)"
+    assert first == (
+        f"saved in out/checkpoint-9; to go on{machines if 'nnodes' in launcher else ''}:"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("no_launcher")
+def test_the_launcher_is_the_parent_that_has_the_same_arguments(tmp_path):
+    child, parent = tmp_path / "child.py", tmp_path / "parent.py"
+    child.write_text(AS_A_CHILD)
+    parent.write_text(PARENT)
+    launcher = [sys.executable, str(parent), str(child), str(len(GIVEN)), "--an-option"]
+    done = subprocess.run(
+        [*launcher, *GIVEN], env=os.environ | {"RANK": "0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"to go on:\n  {shlex.join([*launcher, *GIVEN])} {RESUME}\n")
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_an_unknown_launcher_is_not_guessed(monkeypatch):
+    """srun and mpirun start their processes through another one."""
+    monkeypatch.setenv("RANK", "0")
+    assert how_to_resume(GIVEN) == (
+        f"saved in out/checkpoint-9; to go on: the same launch command, with {RESUME}"
+    )
 
 
 def test_of_several_processes_one_speaks(monkeypatch, capsys):
