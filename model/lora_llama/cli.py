@@ -206,9 +206,9 @@ def _how_to_resume(interrupt: TrainingInterrupted, arguments: list[str]) -> str:
     for argument in arguments:
         if skips:
             skips = False
-        elif argument == "--resume_from_checkpoint":
+        elif _with_underscores(argument) == "--resume_from_checkpoint":
             skips = True
-        elif not argument.startswith("--resume_from_checkpoint="):
+        elif not _with_underscores(argument).startswith("--resume_from_checkpoint="):
             kept.append(argument)
     resume = ["--resume_from_checkpoint", interrupt.checkpoint]
     # accelerate's launcher of a single process sets no rank.
@@ -342,10 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
         with one message on stderr.
     """
     name = None
-    given = list(map(_with_underscores, sys.argv[1:] if arguments is None else arguments))
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         parser = _parser()
-        chosen = parser.parse_args(_config_first(given))
+        chosen = parser.parse_args(_config_first(list(map(_with_underscores, given))))
         name = chosen.subcommand
         options = {key: value for key, value in chosen[name].as_dict().items() if key != "config"}
         commands: dict[str, Callable[..., None]] = {

@@ -328,7 +328,12 @@ def how_to_resume(arguments: list[str]) -> str:
 
 @pytest.mark.usefixtures("no_launcher")
 def test_the_command_replaces_an_older_checkpoint():
-    for older in (["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint=latest"]):
+    for older in (
+        ["--resume_from_checkpoint", "latest"],
+        ["--resume_from_checkpoint=latest"],
+        ["--resume-from-checkpoint=latest"],
+        ["--resume-from-checkpoint", "latest"],
+    ):
         assert how_to_resume(["finetune", "--model", "m", *older, "--data=d d"]) == (
             "saved in out/checkpoint-9; to go on:\n"
             f"  lora-llama finetune --model m '--data=d d' {RESUME}"
