@@ -29,7 +29,7 @@ import lora_kernels as lk
 from lora_kernels import adapters, layers, peft_linear
 from lora_kernels.adapter_files import load_adapter
 from lora_kernels.adapter_state import copy_adapter
-from lora_kernels.sharding import is_sharded
+from lora_kernels.sharding import is_sharded, reshard
 from lora_kernels.testing import compare
 from lora_llama import LoraLlama, capture_lora_weights, verify_gradients
 
@@ -133,6 +133,27 @@ def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
+def ranks_equal(model: nn.Module, gradients: dict[str, Tensor]) -> bool:
+    """Whether all processes have the same bits in what each has of its own.
+
+    That is what the model computes of the same rows, and every tensor that is not sharded. (What is
+    gathered of shards is the same everywhere, whatever they are.)
+    """
+    own = {
+        name: tensor.detach()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+    own = {name: tensor for name, tensor in own.items() if not isinstance(tensor, DTensor)}
+    if isinstance(model, DistributedDataParallel):
+        own |= {f"{name}.grad": gradient for name, gradient in gradients.items()}
+    inputs = batch(slice(None))
+    with torch.no_grad():
+        own["logits"] = model.eval()(inputs["input_ids"], inputs["attention_mask"]).logits
+    model.train()
+    reshard(model)
+    return equal_on_all_ranks(own)
+
+
 def equal_on_all_ranks(tensors: dict[str, Tensor]) -> bool:
     """Whether every process has the same bits."""
     for tensor in tensors.values():
@@ -174,7 +195,7 @@ def against_one_process(parallel: nn.Module, single: nn.Module) -> Report:
         "gradient_error": worst_error(gradients, expected_gradients),
         "loss_error": (mean - torch.tensor(expected_losses)).abs().max().item(),
         "weight_error": worst_error(weights, named_weights(single)),
-        "ranks_equal": equal_on_all_ranks(weights) and equal_on_all_ranks(gradients),
+        "ranks_equal": ranks_equal(parallel, gradients),
     }
 
 
@@ -238,6 +259,31 @@ def fsdp(kind: str, output: Path, **options: Any) -> Report:
     if dist.get_rank() == 0:
         single.save_pretrained(reference)
         report["file_error"] = worst_error(file_tensors(mine), file_tensors(reference))
+    return report
+
+
+def faults(output: Path) -> Report:
+    """What makes processes differ: a gradient that is not averaged, a scale of one of them."""
+
+    def trained(model: nn.Module, spoil: Callable[[], None] = lambda: None) -> bool:
+        gradients, _ = train(model, share(), dist.get_world_size())
+        spoil()
+        return ranks_equal(model, gradients)
+
+    # A parameter that is left out is nobody's to average.
+    model = DistributedDataParallel(lora_llama())
+    with model.no_sync():
+        report = {"ddp, nothing averaged": trained(model)}
+    model = lora_llama()
+    alone = {model.model.layers[0].mlp.up_proj.lora_B["default"]}
+    report["fsdp, one weight left out"] = trained(shard(model, ignored_params=alone))
+    sharded = shard(lora_llama())
+
+    def spoil() -> None:
+        if dist.get_rank() == 1:
+            sharded.model.layers[0].mlp.up_proj.scaling["default"] *= 1.01
+
+    report["fsdp, another scale in one process"] = trained(sharded, spoil)
     return report
 
 
@@ -545,7 +591,7 @@ def cases() -> Iterator[tuple[str, Callable[[Path], Report]]]:
         yield f"fsdp own head {kind}", lambda output, kind=kind: fsdp(kind, output, own_head=True)
     for case in (
         accelerated_late, kernels, checkpointed, mixed_precision, low_precision_base, every_part,
-        adapter_functions, head_adapter, whole_model, logits_free,
+        adapter_functions, head_adapter, whole_model, logits_free, faults,
     ):  # fmt: skip
         yield case.__name__, case
 

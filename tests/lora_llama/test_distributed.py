@@ -129,6 +129,11 @@ def test_ranks_agree_to_the_bit_after_several_steps(case, measured):
     assert all(report[case]["ranks_equal"] for report in measured)
 
 
+def test_ranks_that_differ_are_seen_to(measured):
+    for report in measured:
+        assert list(report["faults"].values()) == [False] * 3, report["faults"]
+
+
 FSDP = [case for case in PARALLEL if case.startswith("fsdp")]
 
 
