@@ -17,9 +17,13 @@ from lora_llama import cli, training
 from lora_llama.training import LoraTrainer
 
 
-def main() -> int:
+def shard_on_cpus() -> None:
     dist.init_process_group("gloo")
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+def main() -> int:
+    shard_on_cpus()
     seen: list[LoraTrainer] = []
     finetune = training.finetune
 

@@ -8,9 +8,12 @@ several GPUs (NCCL, overlapping communication, memory of a device) is not tested
 import fcntl
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from torch import Tensor
 
 from lora_kernels.adapter_files import load_adapter
@@ -32,29 +36,31 @@ PROCESSES = 2
 # Sums of float32 in another order; measured are 2.5e-7 at most.
 SAME = 1e-6
 
-FSDP2 = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-mixed_precision: "no"
-num_machines: 1
-num_processes: 2
-machine_rank: 0
-rdzv_backend: static
-same_network: true
-main_process_port: 0
-use_cpu: false
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_transformer_layer_cls_to_wrap: LoraTransformerBlock
-  fsdp_reshard_after_forward: true
-  fsdp_cpu_ram_efficient_loading: true
-  fsdp_offload_params: false
-"""
+README = (HERE.parents[1] / "README.md").read_text()
 
 
-def launch(*command: str | Path) -> str:
-    """Runs two processes to their end; returns what they have printed."""
+def of_readme(kind: str, part: str) -> list[str]:
+    """The README's code blocks of a kind that have a part in them."""
+    blocks = re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+    return [block for block in blocks if part in block]
+
+
+(FSDP2,) = of_readme("yaml", "distributed_type: FSDP")
+
+
+def readme_commands(program: str) -> list[list[str]]:
+    """The README's commands that launch `finetune` by a program, without the latter's options."""
+    blocks = "".join(of_readme("bash", "finetune")).replace("\\\n", " ")
+    lines = [line for line in blocks.splitlines() if line.startswith(program)]
+    return [shlex.split(line.partition(" finetune ")[0]) for line in lines]
+
+
+def launch(*command: str | Path, others: Sequence[Sequence[str | Path]] = ()) -> str:
+    """Runs processes to their end; returns what they have printed.
+
+    Args:
+        others: what is launched beside it, as on other machines.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -62,10 +68,21 @@ def launch(*command: str | Path) -> str:
         "ACCELERATE_TORCH_DEVICE": "cpu",
         "TRITON_INTERPRET": "1",
     }
-    arguments = [sys.executable, "-m", *map(str, command)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", *map(str, words)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for words in (command, *others)
+    ]  # fmt: skip
+    try:
+        printed = [machine.communicate(timeout=300)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    for machine, text in zip(machines, printed, strict=True):
+        assert machine.returncode == 0, text[-6000:]
+    return "".join(printed)
 
 
 def torchrun(*command: str | Path, processes: int = PROCESSES) -> str:
@@ -290,16 +307,25 @@ def replicated(options: FinetuneOptions, output: Path, **changes: Any) -> str:
     return torchrun("-m", "lora_llama.cli", *arguments(options, output, **changes))
 
 
-def sharded(options: FinetuneOptions, output: Path, **changes: Any) -> str:
+def fsdp2_launcher(output: Path) -> list[str | Path]:
+    """accelerate with the README's configuration, for two processes of one machine."""
     config = output.with_suffix(".yaml")
     config.write_text(FSDP2)
+    processes = ["--num_processes", str(PROCESSES), "--main_process_port", "0"]
+    return ["accelerate.commands.launch", "--config_file", config, *processes]
+
+
+def sharded(options: FinetuneOptions, output: Path, **changes: Any) -> str:
     printed = launch(
-        "accelerate.commands.launch", "--config_file", config, HERE / "finetune_sharded.py",
+        *fsdp2_launcher(output), HERE / "finetune_sharded.py",
         *arguments(options, output, **changes),
     )  # fmt: skip
     # The model, its two blocks, and the embedding, norm and head that accelerate takes together.
-    assert "sharded: True, 6 units of ['DTensor']" in printed
+    assert SHARDED in printed
     return printed
+
+
+SHARDED = "sharded: True, 6 units of ['DTensor']"
 
 
 WAYS: dict[str, Callable[..., str]] = {"ddp": replicated, "fsdp2": sharded}
@@ -431,3 +457,81 @@ def test_a_16_bit_base_is_trained_in_two_processes(way, options, tmp_path):
     ):  # fmt: skip
         assert loss == pytest.approx(other, rel=2**-8)
     assert {str(tensor.dtype) for tensor in adapter(tmp_path / "two").values()} == {"torch.float32"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", WAYS)
+def test_a_sharded_training_goes_on_replicated_and_back(first, options, one_process, tmp_path):
+    (second,) = WAYS.keys() - {first}
+    begun, resumed = tmp_path / "begun", tmp_path / "resumed"
+    WAYS[first](options, begun)
+    WAYS[second](options, resumed, resume_from_checkpoint=str(begun / "checkpoint-3"))
+    assert_same_training(resumed, one_process)
+
+
+@pytest.mark.long
+def test_accelerate_replicates(options, one_process, tmp_path):
+    launch(
+        "accelerate.commands.launch", "--multi_gpu", f"--num_processes={PROCESSES}",
+        "--main_process_port=0", "-m", "lora_llama.cli", *arguments(options, tmp_path / "two"),
+    )  # fmt: skip
+    assert_same_training(tmp_path / "two", one_process)
+    assert (tmp_path / "two" / "checkpoint-3" / "rng_state_1.json").exists()
+
+
+@pytest.mark.long
+def test_a_peft_model_in_transformers_trainer_is_sharded_by_accelerate(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    script = str(HERE / "train_peft.py")
+    subprocess.run([sys.executable, script, one], check=True, capture_output=True, timeout=300)
+    layer = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    printed = launch(*fsdp2_launcher(two), *layer, script, two, "sharded")
+    assert all(f"process {rank}: sharded True, calls [4, 4]" in printed for rank in (0, 1))
+    losses, expected = (json.loads((path / "losses.json").read_text()) for path in (two, one))
+    assert len(losses) == 3 and losses == pytest.approx(expected, rel=1e-6)
+    weights, others = adapter(two), adapter(one)
+    assert weights.keys() == others.keys() and len(weights) == 28
+    for key, weight in others.items():
+        assert (weights[key] - weight).abs().max() <= SAME * weight.abs().max(), key
+
+
+def test_accelerate_accepts_the_launch_commands_of_the_readme():
+    one, two = readme_commands("accelerate")
+    parser = launch_command_parser()
+    for command, machines, processes in ((one, None, None), (two, 2, 16)):
+        parsed = parser.parse_args(command[2:])
+        assert (parsed.num_machines, parsed.num_processes) == (machines, processes)
+        assert parsed.config_file == "fsdp2.yaml"
+        assert parsed.module and parsed.training_script == "lora_llama.cli"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
+def test_two_machines_train_by_the_launch_commands_of_the_readme(
+    way, options, one_process, tmp_path
+):
+    """Two launchers of one process each, beside one another."""
+    output, config = tmp_path / "two", tmp_path / "fsdp2.yaml"
+    config.write_text(FSDP2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    here = {
+        "host1": "127.0.0.1", "29500": port, "host1:29500": f"127.0.0.1:{port}", "8": "1",
+        "16": "2", "fsdp2.yaml": str(config),
+    }  # fmt: skip
+    command = readme_commands("torchrun" if way == "ddp" else "accelerate")[1]
+    command = [here.get(word, word) for word in command]
+    script: list[str | Path] = ["-m", "lora_llama.cli"]
+    if way == "ddp":
+        first = ["torch.distributed.run", *command[1:-2]]
+        second = first
+    else:
+        script = [HERE / "finetune_sharded.py"]
+        first = ["accelerate.commands.launch", *command[2:-2]]
+        rank = first.index("--machine_rank") + 1
+        second = [*first[:rank], "1", *first[rank + 1 :]]
+    rest = [*script, *arguments(options, output)]
+    printed = launch(*first, *rest, others=[[*second, *rest]])
+    assert way == "ddp" or SHARDED in printed
+    assert_same_training(output, one_process)
+    assert (output / "checkpoint-3" / "rng_state_1.json").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,6 +36,20 @@ trainer.LoraTrainer.compute_loss = compute_loss
 sys.exit(cli.main(sys.argv[1:]))
 """
 
+SLOW = """
+import sys, time
+from lora_llama import cli, trainer
+
+step = trainer.LoraTrainer.training_step
+
+def training_step(self, *args, **kwargs):
+    time.sleep(60)
+    return step(self, *args, **kwargs)
+
+trainer.LoraTrainer.training_step = training_step
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def command(tiny_llama, sums, write_rows, tmp_path, monkeypatch) -> Callable[..., list[str]]:
@@ -56,11 +71,16 @@ def command(tiny_llama, sums, write_rows, tmp_path, monkeypatch) -> Callable[...
 
 def two_processes(arguments: list[str], script: Path | None = None) -> subprocess.Popen[str]:
     program = ["-m", "lora_llama.cli"] if script is None else [str(script)]
-    return subprocess.Popen(
+    return started(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "--no-python", sys.executable, *program, *arguments],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+         "--no-python", sys.executable, *program, *arguments]
     )  # fmt: skip
+
+
+def started(words: list[str]) -> subprocess.Popen[str]:
+    """In a process group of its own, as a shell starts a command."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, text=True, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -111,23 +131,73 @@ def test_a_training_of_two_processes_is_resumed(command, tmp_path):
 
 def test_a_signal_to_one_process_stops_both(command, tmp_path):
     process = two_processes(command("stopped", max_steps=100000, save_steps=0, eval_steps=0))
-    output = tmp_path / "stopped"
-    workers: list[int] = []
+    os.kill(workers_of(process)[1], signal.SIGTERM)
+    code, err = finish(process)
+    assert code != 0 and err.count("lora-llama: error: terminated; saved in ") == 1, err
+    assert_saved_by_both(tmp_path / "stopped")
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on(command, tmp_path):
+    """A terminal sends it to torchrun's process group; the workers are in groups of their own."""
+    changes = {"max_steps": 100000, "save_steps": 0, "eval_steps": 0, "logging_steps": 1}
+    process = two_processes(command("stopped", **changes))
+    workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, err = finish(process)
+    # The workers' 130 is not what torchrun gives.
+    assert code == 1, err
+    assert err.count("stopping after this step, with a checkpoint; again stops at once") == 1
+    assert err.count("torchrun kills what still runs 30 s after Ctrl-C") == 1
+    checkpoint = assert_saved_by_both(tmp_path / "stopped")
+    error = err.partition("lora-llama: error: ")[2].splitlines()
+    assert error[0] == f"interrupted; saved in {checkpoint}; to go on:"
+    printed = shlex.split(error[1])
+    assert printed == [*process.args, "--resume_from_checkpoint", str(checkpoint)]
+    step = int(checkpoint.name.partition("-")[2])
+    steps = [f"--max_steps={step + 2}" if "max_steps" in word else word for word in printed]
+    code, err = finish(started(steps))
+    assert code == 0, err
+    assert losses(tmp_path / "stopped")[0][-1][0] == step + 2
+
+
+def test_the_second_ctrl_c_stops_at_once(command, tmp_path):
+    process = two_processes(command("stopped", max_steps=100000, save_steps=0), slow(tmp_path))
+    workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(3)
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    code, err = finish(process)
+    assert code == 1 and err.count("interrupted; no checkpoint was saved") == 1, err
+    assert time.monotonic() - start < 20
+    assert not list((tmp_path / "stopped").glob("checkpoint-*"))
+
+
+def slow(directory: Path) -> Path:
+    script = directory / "slow.py"
+    script.write_text(SLOW)
+    return script
+
+
+def assert_saved_by_both(output: Path) -> Path:
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert {f"rng_state_{rank}.json" for rank in (0, 1)} < {p.name for p in checkpoint.iterdir()}
+    return checkpoint
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """torchrun's two processes, once they train."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not workers:
+    while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.2)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         # They have set their handlers once they say so: SIGINT is caught from the start, SIGTERM
         # by the training alone.
         workers = [int(child) for child in children if catches_sigterm(int(child))]
-        workers = workers if len(workers) == 2 else []
-    os.kill(workers[1], signal.SIGTERM)
-    code, err = finish(process)
-    assert code != 0 and err.count("lora-llama: error: terminated; saved in ") == 1, err
-    (checkpoint,) = output.glob("checkpoint-*")
-    assert {f"rng_state_{rank}.json" for rank in (0, 1)} < {p.name for p in checkpoint.iterdir()}
-    assert "torchrun --nproc_per_node=2 -m lora_llama.cli finetune " in err
+        if len(workers) == 2:
+            return workers
+        time.sleep(0.2)
+    raise AssertionError("the processes have not begun to train")
 
 
 def catches_sigterm(process: int) -> bool:
