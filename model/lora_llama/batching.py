@@ -8,10 +8,12 @@ unless said otherwise.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,16 @@ class SupervisedDataset(Dataset[Encoded]):
 
     def __getitem__(self, index: int) -> Encoded:
         return self.items[index]
+
+    @cached_property
+    def sha256(self) -> str:
+        """A digest of all items in their order: of every name, length and value."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            for name, values in sorted(item.items()):
+                digest.update(f"{name} {len(values)} ".encode())
+                digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         packed = f" packed into {len(self)} sequences" if self.packed else ""

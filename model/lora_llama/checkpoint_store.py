@@ -10,13 +10,14 @@ checkpoints that there were: at most one of them is still called .checkpoint-N.o
 checkpoint-N until the next save gives it its name back. That save also removes what is left over.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lora_llama import disk
+from lora_llama import disk, state_files, training_state
 from lora_llama.checkpoint_files import check_inside, read_json_object
 
 # A hundred thousand lines of the log.
@@ -46,16 +47,32 @@ def is_finished(checkpoint: Path) -> bool:
 
 
 def finished_checkpoints(output_dir: Path) -> dict[int, Path]:
-    """The finished checkpoints by their number of steps, in its order."""
-    found = {
-        int(step): path
-        for path in output_dir.glob("checkpoint-*")
-        if (step := path.name.removeprefix("checkpoint-")).isdecimal() and is_finished(path)
-    }
-    for number, path in _hidden(output_dir, "old").items():
-        if not (output_dir / f"checkpoint-{number}").exists() and is_finished(path):
-            found[number] = path
-    return dict(sorted(found.items()))
+    """The finished checkpoints by their number of steps, in the order in which they were saved.
+
+    Not in that of their steps: a training anew, in the directory of an older one, must neither go
+    on from that one's checkpoints nor lose its own to them. Nor in that of time, which copies
+    change.
+    """
+    found = {step: path for step, path in _checkpoints(output_dir).items() if is_finished(path)}
+    return dict(sorted(found.items(), key=lambda item: (save_number(item[1]), item[0])))
+
+
+def save_number(checkpoint: Path) -> float:
+    """A checkpoint's place in the order of saving, from 1.
+
+    What is not known is inf, so that it is not passed over in silence, and deleted last.
+    """
+    try:
+        number = state_files.read(checkpoint, training_state.TRAINING)["save_number"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return math.inf
+    return number if type(number) is int and number > 0 else math.inf
+
+
+def next_save_number(output_dir: Path) -> int:
+    """The place of the checkpoint to be saved next."""
+    numbers = map(save_number, _checkpoints(output_dir).values())
+    return max((int(number) for number in numbers if number < math.inf), default=0) + 1
 
 
 def staging_of(checkpoint: Path) -> Path:
@@ -96,19 +113,10 @@ def commit(staging: Path, checkpoint: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
-    """Deletes the checkpoints that were saved first, until `limit` are left; never one of `kept`.
-
-    The time of saving counts, not the number of steps: a training anew, in the directory of an
-    older one, must not lose its own checkpoints to that one's.
-    """
+    """Deletes what was saved first, until `limit` checkpoints are left; never one of `kept`."""
     if limit is None:
         return
-
-    def saved(path: Path) -> tuple[int, int]:
-        step = int(path.name.removeprefix("checkpoint-"))
-        return (path / TRAINER_STATE_NAME).stat().st_mtime_ns, step
-
-    checkpoints = sorted(finished_checkpoints(output_dir).values(), key=saved)
+    checkpoints = list(finished_checkpoints(output_dir).values())
     surplus = len(checkpoints) - limit
     for path in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
         _discard(path)
@@ -119,6 +127,16 @@ def _discard(checkpoint: Path) -> None:
     deleted = checkpoint.with_name(f".{name}.deleted")
     disk.rename(checkpoint, deleted)
     disk.remove_tree(deleted)
+
+
+def _checkpoints(output_dir: Path) -> dict[int, Path]:
+    """All that count as a checkpoint by their names, by the number of steps."""
+    old = _hidden(output_dir, "old")
+    return old | {
+        int(step): path
+        for path in output_dir.glob("checkpoint-*")
+        if (step := path.name.removeprefix("checkpoint-")).isdecimal()
+    }
 
 
 def _hidden(output_dir: Path, kind: str) -> dict[int, Path]:

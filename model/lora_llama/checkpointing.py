@@ -2,8 +2,8 @@
 
     checkpoint-N/       see `checkpoint_store.py` for how it comes to be
         adapter_config.json, adapter_model.safetensors, the tokenizer's files
-        optimizer, scheduler, scaler, rng_state_RANK      see `training_state.py`
-        trainer_state.json                                transformers' own, written last
+        optimizer, scheduler, scaler, rng_state_RANK, training      see `training_state.py`
+        trainer_state.json                                          transformers' own, written last
 
 One process writes for all. What is resumed gives the next steps of a training that was never
 interrupted, to the last bit, if there are as many processes as before.
@@ -11,21 +11,26 @@ interrupted, to the last bit, if there are as many processes as before.
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from lora_llama import checkpoint_store, disk, state_files, training_state
+from lora_llama.batching import SupervisedDataset
 from lora_llama.checkpoint_files import one_line
+from lora_llama.divergence import LossWatch
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.resuming import load_checkpoint, read_state
+from lora_llama.resuming import check_training, load_checkpoint, training_record
 
 
 class CheckpointingTrainer(Trainer):
@@ -33,12 +38,14 @@ class CheckpointingTrainer(Trainer):
 
     Attributes:
         last_checkpoint: the last that was saved, or resumed from.
+        loss_watch: judges the loss by that of the last steps, which a checkpoint keeps.
 
     Raises:
         ValueError: an option asks for what would be saved as a pickle.
     """
 
     model: LoraLlamaForCausalLM
+    train_dataset: SupervisedDataset
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,17 +55,34 @@ class CheckpointingTrainer(Trainer):
         if self.is_deepspeed_enabled or getattr(plugin, "fsdp_version", 2) == 1:
             raise ValueError("expected DDP or FSDP 2: DeepSpeed and FSDP 1 save pickles")
         self.last_checkpoint: str | None = None
+        self.loss_watch = LossWatch(self.model.config.vocab_size)
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Trains, from where a checkpoint ended if there is one.
+
+        Raises:
+            OSError, ValueError: the checkpoint is faulty, or of another training.
+        """
         if resume_from_checkpoint is not None:
+            record = training_record(self.args, self.train_dataset)
+            check_training(resume_from_checkpoint, self.model.lora_configs, record)
             self.last_checkpoint = resume_from_checkpoint
-            state = read_state(resume_from_checkpoint)
-            if 0 < self.args.max_steps <= state.global_step:
-                # Nothing is left to train; Trainer would train one step more.
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return
         super().train(resume_from_checkpoint=resume_from_checkpoint)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, int]:
+        """The epoch, and the batch in it, to begin with."""
+        start = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        # Inside an epoch, Trainer would train one step more than there are.
+        return start if self.state.global_step < max_steps else (num_train_epochs, 0)
 
     def prove_weights(self) -> None:
         """Raises an error where the weights are no good to save."""
@@ -73,21 +97,40 @@ class CheckpointingTrainer(Trainer):
     # Saving.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter; every process calls this.
+        """Writes the adapter and the tokenizer; every process calls this.
 
         Of a sharded model transformers would gather all, or by its default save nothing.
+
+        Raises:
+            OSError: the disk is full, or the directory cannot be written; what was there before is
+                intact.
         """
         self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter and the tokenizer; transformers would add its arguments as a pickle."""
-        directory = self.args.output_dir if output_dir is None else output_dir
+        """`save_model`; transformers would add its arguments as a pickle."""
+        directory = Path(self.args.output_dir if output_dir is None else output_dir)
+        try:
+            if self.args.should_save and not directory.exists():
+                disk.make_directory(directory)
+            self._save_adapter(directory)
+            for name, content in self._tokenizer_files.items() if self.args.should_save else ():
+                file = directory / name
+                if not file.is_file() or file.read_bytes() != content:
+                    disk.replace_file(file, content)
+        except OSError as error:
+            raise OSError(
+                f"{directory}: adapter and tokenizer could not be saved: {one_line(error)}; the "
+                f"last checkpoint: {self.last_checkpoint or 'none'}"
+            ) from error
+
+    def _save_adapter(self, directory: Path) -> None:
         # In every process: what is sharded is gathered by all.
-        self.model.save_pretrained(
-            directory, is_main_process=self.args.should_save, state_dict=state_dict
-        )
-        if self.args.should_save and self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
+        self.model.save_pretrained(directory, is_main_process=self.args.should_save)
+
+    @cached_property
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        return {} if self.processing_class is None else tokenizer_files(self.processing_class)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes checkpoint-N, all of it or nothing, and then deletes what is beyond the limit.
@@ -107,14 +150,11 @@ class CheckpointingTrainer(Trainer):
             best == self.state.global_step or (output_dir / f"checkpoint-{best}").exists()
         ):
             self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
-        files = self._state_files()
-        failure: Exception | None = None
+        files = self._state_files(output_dir)
+        failure: OSError | None = None
         try:
             self._write_checkpoint(checkpoint, files)
-        except Exception as error:
-            # The tokenizer's own writer has no type for it.
-            if not isinstance(error, OSError) and "os error" not in str(error):
-                raise
+        except OSError as error:
             failure = error
         if self._any_process(failure is not None):
             reason = one_line(failure) if failure else "another process says why"
@@ -129,13 +169,13 @@ class CheckpointingTrainer(Trainer):
 
     def _write_checkpoint(self, checkpoint: Path, files: dict[str, bytes]) -> None:
         if not self.args.should_save:
-            self._save(str(checkpoint))
+            self._save_adapter(checkpoint)
             return
         staging = checkpoint_store.staging_of(checkpoint)
         try:
             checkpoint_store.begin(checkpoint)
-            self._save(str(staging))
-            for name, content in files.items():
+            self._save_adapter(staging)
+            for name, content in (self._tokenizer_files | files).items():
                 disk.write_file(staging / name, content)
             checkpoint_store.commit(staging, checkpoint)
         except Exception:
@@ -145,7 +185,7 @@ class CheckpointingTrainer(Trainer):
                     disk.remove_tree(staging)
             raise
 
-    def _state_files(self) -> dict[str, bytes]:
+    def _state_files(self, output_dir: Path) -> dict[str, bytes]:
         """All that a checkpoint holds beside adapter and tokenizer, by name; trainer_state last."""
         states = {
             training_state.OPTIMIZER: self.optimizer.state_dict(),
@@ -154,12 +194,18 @@ class CheckpointingTrainer(Trainer):
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
             states[training_state.SCALER] = scaler.state_dict()
+        states[training_state.TRAINING] = training_record(self.args, self.train_dataset) | {
+            "save_number": checkpoint_store.next_save_number(output_dir)
+        }
         files = {
             f"{name}{suffix}": content
             for name, state in states.items()
             for suffix, content in state_files.to_files(state).items()
         }
-        rng = training_state.rng_state() | {"unlogged_loss": self._tr_loss.item()}
+        rng = training_state.rng_state() | {
+            "unlogged_loss": self._tr_loss.item(),
+            "recent_losses": list(self.loss_watch.steps),
+        }
         files |= training_state.gather_files(state_files.to_files(rng), self.accelerator)
         exported: dict[str, list[Any]] = {}
         for source in (*self.callback_handler.callbacks, self.control):
@@ -199,12 +245,13 @@ class CheckpointingTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once, when the data are where they were, and before the first step."""
         if checkpoint is not None:
-            unlogged = self._read(
+            unlogged, recent = self._read(
                 training_state.load_rng, Path(checkpoint), self.args.process_index,
                 self.args.world_size, self.args.seed, self.state.global_step,
             )  # fmt: skip
             logged = [line["step"] for line in self.state.log_history if "loss" in line]
             self._tr_loss += unlogged
+            self.loss_watch.steps.extend(recent)
             self._globalstep_last_logged = logged[-1] if logged else 0
 
     @staticmethod
@@ -215,3 +262,23 @@ class CheckpointingTrainer(Trainer):
             raise ValueError(f"resume_from_checkpoint: {error}") from error
         except FileNotFoundError as error:
             raise FileNotFoundError(f"resume_from_checkpoint: {error}") from error
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """What a tokenizer's `save_pretrained` writes: the files' contents by their relative paths.
+
+    Its writers neither bring a file onto the disk nor keep an older one whole.
+
+    Raises:
+        OSError: the directory for temporary files is full, or cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            tokenizer.save_pretrained(directory)
+        except Exception as error:
+            # The tokenizers library has no type for it.
+            if isinstance(error, OSError) or "os error" not in str(error):
+                raise
+            raise OSError(f"{directory}: {one_line(error)}") from error
+        files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+        return {str(path.relative_to(directory)): path.read_bytes() for path in files}

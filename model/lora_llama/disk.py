@@ -10,7 +10,7 @@ Every OSError names the path.
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,7 +26,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Makes a new file; it is on the disk after `sync`."""
+    """Makes a new file, and the directories above it; it is on the disk after `sync`."""
+    if not path.parent.exists():
+        make_directory(path.parent)
     # "x": a link that someone put at this name is not followed.
     with _naming(path), open(path, "xb") as file:
         file.write(content)
@@ -84,9 +86,15 @@ def replace_file(path: Path, content: bytes) -> None:
     """Writes a file in place of another, or none: all of it or nothing."""
     staged = path.with_name(f".{path.name}.new")
     staged.unlink(missing_ok=True)
-    write_file(staged, content)
-    sync(staged)
-    os.replace(staged, path)
+    try:
+        write_file(staged, content)
+        sync(staged)
+        os.replace(staged, path)
+    except Exception:
+        # A full disk gets its room back.
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -1,15 +1,18 @@
-"""Checkpoints of a training: which one to resume from, and whether all of it is there.
+"""Checkpoints of a training: which one to resume from, and whether it is all there and fits.
 
 checkpoint-N/
     adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
     optimizer, scheduler, scaler, rng_state_RANK     JSON and safetensors (`training_state.py`)
+    training.json                                    which training it is of
     trainer_state.json                               written after all others
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -17,14 +20,27 @@ from lora_kernels.adapter_files import adapter_directory, load_adapter
 from lora_kernels.adapter_state import check_fit, copy_adapter
 from lora_kernels.config import LoraConfig
 from lora_llama import state_files, training_state
+from lora_llama.batching import SupervisedDataset
 from lora_llama.checkpoint_files import one_line
 from lora_llama.checkpoint_store import finished_checkpoints, read_trainer_state
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import FinetuneOptions
 
+# What a checkpoint's record says, in the words of an error.
+_MEANINGS = {
+    "rows": "training rows",
+    "rows_sha256": "SHA-256 of the encoded rows, in their order",
+    "seed": "seed",
+    "global_batch_size": (
+        "per_device_train_batch_size x gradient_accumulation_steps x number of processes"
+    ),
+}
+# What an adapter computes by, beside its tensors.
+_ADAPTER_OPTIONS = ("r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout")
+
 
 def find_checkpoint(options: FinetuneOptions) -> str | None:
-    """The checkpoint directory to resume from, or None. "latest" is the last finished one.
+    """The checkpoint directory to resume from, or None. "latest" is the one that was saved last.
 
     Raises:
         FileNotFoundError: there is none where the option says.
@@ -46,22 +62,22 @@ def find_checkpoint(options: FinetuneOptions) -> str | None:
         raise FileNotFoundError(
             f"resume_from_checkpoint: no finished checkpoint-N directory in {options.output_dir}"
         )
-    return str(finished[max(finished)])
+    return str(list(finished.values())[-1])
 
 
 def check_checkpoint(checkpoint: str, adapters: Mapping[str, LoraConfig]) -> None:
-    """Checks what a resumed training will read, before it is begun.
+    """Checks that all of what a resumed training will read is there, before it is begun.
 
     Args:
         adapters: the model's adapters, by name.
 
     Raises:
-        OSError, ValueError: a file is missing, cut short or of another training; the message names
-            the option and the file.
+        OSError, ValueError: a file is missing, cut short or faulty; the message names the option
+            and the file.
     """
     read_state(checkpoint)
-    for name, config in adapters.items():
-        _read_adapter(adapter_directory(checkpoint, name), config)
+    for name in adapters:
+        _read_adapter(adapter_directory(checkpoint, name))
     directory = Path(checkpoint)
     names = [training_state.OPTIMIZER, training_state.SCHEDULER]
     pickles = sorted(path.name for kind in training_state.PICKLES for path in directory.glob(kind))
@@ -76,10 +92,88 @@ def check_checkpoint(checkpoint: str, adapters: Mapping[str, LoraConfig]) -> Non
         file = directory / f"{training_state.rng_name(0)}.json"
         raise FileNotFoundError(f"resume_from_checkpoint: {file} is missing")
     for name in names + [training_state.rng_name(rank) for rank in ranks]:
-        try:
-            state_files.read(directory, name)
-        except (OSError, ValueError) as error:
-            raise type(error)(f"resume_from_checkpoint: {error}") from error
+        _read(directory, name)
+    _read_record(directory)
+
+
+def training_record(arguments: TrainingArguments, dataset: SupervisedDataset) -> dict[str, Any]:
+    """What decides which rows the N-th optimizer step trains on, as a checkpoint keeps it.
+
+    Fewer processes with a larger batch each have the same.
+    """
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    return {
+        "rows": len(dataset),
+        "rows_sha256": dataset.sha256,
+        "seed": seed,
+        "global_batch_size": (
+            arguments.train_batch_size
+            * arguments.gradient_accumulation_steps
+            * arguments.world_size
+        ),
+    }
+
+
+def check_training(
+    checkpoint: str, adapters: Mapping[str, LoraConfig], record: Mapping[str, Any]
+) -> None:
+    """Checks that a checkpoint is of this training, so that its steps go on where they ended.
+
+    Args:
+        adapters: the model's adapters, by name.
+        record: of this training, from `training_record`.
+
+    Raises:
+        OSError, ValueError: a file is missing or faulty; or an adapter's options, the rows, the
+            seed or the global batch size are others: the message names each that differs.
+    """
+    saved = _read_record(Path(checkpoint))
+    faults = [
+        _difference(_MEANINGS[name], saved.get(name), value)
+        for name, value in record.items()
+        if saved.get(name) != value
+    ]
+    for name, config in adapters.items():
+        directory = adapter_directory(checkpoint, name)
+        faults += _adapter_differences(_read_adapter(directory)[0], config, name)
+    _raise_differences(Path(checkpoint), faults)
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    record = _read(directory, training_state.TRAINING)
+    if not isinstance(record, dict):
+        file = directory / f"{training_state.TRAINING}.json"
+        raise ValueError(
+            f"resume_from_checkpoint: {file}: expected an object, got {type(record).__name__}"
+        )
+    return record
+
+
+def _read(directory: Path, name: str) -> Any:
+    try:
+        return state_files.read(directory, name)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"resume_from_checkpoint: {error}") from error
+
+
+def _difference(name: str, expected: Any, got: Any) -> str:
+    return f"{name}: expected {expected}, got {got}"
+
+
+def _adapter_differences(saved: LoraConfig, config: LoraConfig, name: str) -> list[str]:
+    whose = "" if name == "default" else f"adapter {name}: "
+    return [
+        _difference(f"{whose}{option}", getattr(saved, option), getattr(config, option))
+        for option in _ADAPTER_OPTIONS
+        if getattr(saved, option) != getattr(config, option)
+    ]
+
+
+def _raise_differences(checkpoint: Path, faults: list[str]) -> None:
+    if faults:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} is of another training: {'; '.join(faults)}"
+        )
 
 
 def read_state(checkpoint: str) -> TrainerState:
@@ -98,19 +192,11 @@ def read_state(checkpoint: str) -> TrainerState:
     return state
 
 
-def _read_adapter(directory: Path, config: LoraConfig) -> dict[str, Tensor]:
+def _read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
-        saved, tensors = load_adapter(directory)
+        return load_adapter(directory)
     except (OSError, ValueError) as error:
         raise ValueError(f"resume_from_checkpoint: {error}") from error
-    for key in ("r", "lora_alpha", "use_rslora"):
-        expected, got = getattr(config, key), getattr(saved, key)
-        if expected != got:
-            raise ValueError(
-                f"resume_from_checkpoint: {directory} has an adapter with {key}={got}; "
-                f"this one has {key}={expected}"
-            )
-    return tensors
 
 
 def load_checkpoint(model: LoraLlamaForCausalLM, checkpoint: str) -> None:
@@ -122,6 +208,7 @@ def load_checkpoint(model: LoraLlamaForCausalLM, checkpoint: str) -> None:
     """
     for name, config in model.lora_configs.items():
         directory = adapter_directory(checkpoint, name)
-        tensors = _read_adapter(directory, config)
+        saved, tensors = _read_adapter(directory)
+        _raise_differences(Path(checkpoint), _adapter_differences(saved, config, name))
         check_fit(model, config, tensors, f"resume_from_checkpoint: {directory}")
         copy_adapter(model, name, tensors)

@@ -19,7 +19,7 @@ from lora_kernels.sharding import reshard
 from lora_llama import training_state
 from lora_llama.checkpointing import CheckpointingTrainer
 from lora_llama.data import IGNORE_INDEX
-from lora_llama.divergence import DivergenceError, LossWatch, first_nonfinite, nonfinite_gradient
+from lora_llama.divergence import DivergenceError, first_nonfinite, nonfinite_gradient
 from lora_llama.gradients import GradientNorms, verify_gradients
 from lora_llama.interrupts import StopAfterStep, StopRequest
 from lora_llama.throughput import FlopCount, peak_flops, peak_memory_bytes
@@ -50,7 +50,6 @@ class LoraTrainer(CheckpointingTrainer):
         self._flop_count = FlopCount.of(self.model)
         self._peak_flops = peak_flops(self.args.device, self.model.dtype)
         self._logged = (0, 0.0, 0)
-        self._loss_watch = LossWatch(self.model.config.vocab_size)
         self._last_batch: dict[str, Any] = {}
         self._fault: str | None = None
         self._bar: TrainingBar | None = None
@@ -103,7 +102,7 @@ class LoraTrainer(CheckpointingTrainer):
         self.flops_trained += flops
         # The last forward pass before an optimizer step: the gradients are complete.
         complete = self.accelerator.sync_gradients
-        fault = self._loss_watch.fault(loss.item(), complete)
+        fault = self.loss_watch.fault(loss.item(), complete)
         if fault is not None:
             fault += self._origin(loss.item())
         elif complete and self.first_gradients is None:
@@ -135,7 +134,7 @@ class LoraTrainer(CheckpointingTrainer):
         if self._last_batch:
             with training_state.preserved_rng():
                 loss = self._forward().item()
-                fault = self._loss_watch.judge(loss)
+                fault = self.loss_watch.judge(loss)
                 self._stop_if(fault and fault + self._origin(loss), 0)
 
     def save_adapter(self) -> None:

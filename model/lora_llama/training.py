@@ -42,7 +42,14 @@ from lora_llama.loading import (
 )
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import FinetuneOptions, resolve_dtype
-from lora_llama.resuming import check_checkpoint, find_checkpoint, load_checkpoint, read_state
+from lora_llama.resuming import (
+    check_checkpoint,
+    check_training,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    training_record,
+)
 from lora_llama.samples import EvalSamples
 from lora_llama.throughput import peak_memory_bytes
 from lora_llama.trainer import LoraTrainer
@@ -274,6 +281,8 @@ def finetune(options: FinetuneOptions) -> tuple[LoraTrainer, TrainingResult]:
         rows = [row for _, row in held_out]
         samples = [EvalSamples(rows, tokenizer, options.eval_samples, options.max_length)]
     train_dataset = encode(located)
+    if checkpoint is not None:
+        check_training(checkpoint, {"default": config}, training_record(arguments, train_dataset))
     eval_dataset = encode(held_out) if held_out else None
     set_seed(options.seed)
     model = LoraLlamaForCausalLM.from_pretrained(

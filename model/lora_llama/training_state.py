@@ -3,8 +3,10 @@
     optimizer.json/.safetensors         torch's state_dict of the optimizer, sharded tensors whole
     scheduler.json                      of the learning rate's schedule
     scaler.json                         of the gradient scaler, if there is one
-    rng_state_RANK.json/.safetensors    of each process: its generators, and its share of the loss
-                                        since the last line of the log
+    rng_state_RANK.json/.safetensors    of each process: its generators, its share of the loss since
+                                        the last line of the log, and the losses of the last steps
+    training.json                       which training it is of (`resuming.training_record`), and
+                                        the save's place in the order of saving
 
 All are read and written by `state_files.py`; transformers' own files for them are pickles.
 """
@@ -27,6 +29,7 @@ from lora_llama import state_files
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler"
 SCALER = "scaler"
+TRAINING = "training"
 # What older versions, and transformers itself, write in their place.
 PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 # What restoring a state raises that is none.
@@ -130,22 +133,29 @@ def preserved_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
-def load_rng(directory: Path, rank: int, world_size: int, seed: int, step: int) -> float:
-    """Sets this process's generators; returns its share of the loss since the log's last line.
+def load_rng(
+    directory: Path, rank: int, world_size: int, seed: int, step: int
+) -> tuple[float, list[float]]:
+    """Sets this process's generators.
 
     A process that had no part in the saved training is seeded from the seed, its rank and the step.
-    If there were more or fewer processes, each has the mean of their shares, as the log has.
+    If there were more or fewer processes, each has the means of their losses, as the log has.
+
+    Returns:
+        Its share of the loss since the log's last line, and its losses of the last steps.
 
     Raises:
         OSError, ValueError: a file is missing or faulty; the message names it.
     """
     ranks = saved_ranks(directory)
-    shares = {}
+    shares: dict[int, float] = {}
+    recent: list[list[float]] = []
     for saved in ranks if len(ranks) != world_size else [rank]:
         name = rng_name(saved)
         state = state_files.read(directory, name)
         try:
             shares[saved] = float(state["unlogged_loss"])
+            recent.append([float(loss) for loss in state["recent_losses"]])
             if saved == rank:
                 set_rng_state(state)
         except _NO_STATE as error:
@@ -155,7 +165,9 @@ def load_rng(directory: Path, rank: int, world_size: int, seed: int, step: int) 
         # A hash, so that no other rank, seed or step has the same numbers.
         digest = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()
         set_seed(int.from_bytes(digest[:4], "big"))
-    return sum(shares.values()) / max(len(shares), 1)
+    count = max(len(shares), 1)
+    means = [sum(losses) / count for losses in zip(*recent, strict=False)]
+    return sum(shares.values()) / count, means
 
 
 def saved_ranks(directory: Path) -> list[int]:

@@ -36,7 +36,7 @@ from lora_kernels.injection import inject_lora
 from lora_kernels.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
 from lora_llama import LoraLlama, state_files, training_state
 from lora_llama.options import FinetuneOptions
-from lora_llama.resuming import check_checkpoint, find_checkpoint
+from lora_llama.resuming import check_checkpoint, check_training, find_checkpoint
 
 MAX_SECONDS, MAX_MIB = 2.0, 200.0
 ERRORS = (ValueError, OSError, TypeError)
@@ -245,6 +245,9 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.1)
 
 
+RECORD = {"rows": 8, "rows_sha256": "0" * 64, "seed": 42, "global_batch_size": 4}
+
+
 def make_training(directory: Path) -> None:
     make_adapter(directory)
     trained = optimizer()
@@ -256,7 +259,12 @@ def make_training(directory: Path) -> None:
     states = {
         training_state.OPTIMIZER: {**trained.state_dict(), "note": PADDING},
         training_state.SCHEDULER: {**schedule.state_dict(), "note": PADDING},
-        training_state.rng_name(0): {**training_state.rng_state(), "unlogged_loss": 0.5},
+        training_state.rng_name(0): {
+            **training_state.rng_state(),
+            "unlogged_loss": 0.5,
+            "recent_losses": [0.5],
+        },
+        training_state.TRAINING: {**RECORD, "save_number": 1, "note": PADDING},
     }
     for name, state in states.items():
         for suffix, content in state_files.to_files(state).items():
@@ -270,7 +278,9 @@ def read_training(directory: Path) -> None:
     """Everything that resuming reads, in its order."""
     options = FinetuneOptions(model="m", data="d", resume_from_checkpoint=str(directory))
     assert find_checkpoint(options) == str(directory)
-    check_checkpoint(str(directory), {"default": LoraConfig(r=4, target_modules=["q", "v"])})
+    adapters = {"default": LoraConfig(r=4, target_modules=["q", "v"])}
+    check_checkpoint(str(directory), adapters)
+    check_training(str(directory), adapters, RECORD)
     target = optimizer()
     with training_state.preserved_rng():
         training_state.load_optimizer(target, directory)
@@ -299,7 +309,7 @@ KINDS = {
             ("adapter_model.safetensors", "optimizer.safetensors", "rng_state_0.safetensors"),
             (
                 "adapter_config.json", "trainer_state.json", "optimizer.json", "scheduler.json",
-                "rng_state_0.json",
+                "rng_state_0.json", "training.json",
             ),
         ),
     )

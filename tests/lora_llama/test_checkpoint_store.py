@@ -1,18 +1,29 @@
 """checkpoint-N directories through the operations that make, replace and delete them."""
 
+import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lora_llama import checkpoint_store, disk
-from lora_llama.checkpoint_store import begin, commit, finished_checkpoints, rotate
+from lora_llama import checkpoint_store, disk, state_files, training_state
+from lora_llama.checkpoint_store import (
+    begin,
+    commit,
+    finished_checkpoints,
+    next_save_number,
+    rotate,
+    save_number,
+)
 
 
 def save(output: Path, step: int, content: str) -> Path:
     checkpoint = output / f"checkpoint-{step}"
     staging = begin(checkpoint)
     disk.write_file(staging / "weights", content.encode())
+    record = {"save_number": next_save_number(output)}
+    disk.write_file(staging / "training.json", state_files.to_files(record)[".json"])
     disk.write_file(staging / "trainer_state.json", b"{}")
     commit(staging, checkpoint)
     return checkpoint
@@ -36,6 +47,41 @@ def test_checkpoints_are_made_replaced_and_deleted(tmp_path):
     assert contents(output) == {"checkpoint-2": "second 2", "checkpoint-4": "second 4"}
     rotate(output, None, set())
     assert len(contents(output)) == 2
+
+
+def test_the_order_of_saving_outlives_a_copy(tmp_path):
+    for step in (6, 12, 2, 4):
+        save(tmp_path / "first", step, str(step))
+    output = tmp_path / "copy"
+    for seconds, step in enumerate((4, 2, 12, 6)):
+        copied = shutil.copytree(tmp_path / "first" / f"checkpoint-{step}", output / str(step))
+        # As a copy may have it: the times say the opposite, or nothing.
+        for path in (copied, *copied.iterdir()):
+            os.utime(path, (seconds // 2, seconds // 2))
+        copied.rename(output / f"checkpoint-{step}")
+    assert list(finished_checkpoints(output)) == [6, 12, 2, 4]
+    os.rename(output / "checkpoint-4", output / ".checkpoint-4.old")
+    assert list(finished_checkpoints(output)) == [6, 12, 2, 4] and next_save_number(output) == 5
+    rotate(output, 2, set())
+    assert list(finished_checkpoints(output)) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None, b"", state_files.to_files([1])[".json"], state_files.to_files({})[".json"],
+        *(state_files.to_files({"save_number": n})[".json"] for n in (0, -1, True, 1.5, "9")),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_whose_place_is_not_known_is_not_passed_over(record, tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, str(step))
+    file = tmp_path / "checkpoint-1" / f"{training_state.TRAINING}.json"
+    file.unlink()
+    if record is not None:
+        file.write_bytes(record)
+    assert save_number(tmp_path / "checkpoint-1") == math.inf
+    assert list(finished_checkpoints(tmp_path)) == [2, 3, 1] and next_save_number(tmp_path) == 4
 
 
 def test_other_names_are_left_alone(tmp_path):
@@ -103,6 +149,6 @@ def test_a_file_is_replaced_whole_and_errors_name_it(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: '.*\.metrics.json.new'"):
         disk.replace_file(file, b"three")
     monkeypatch.undo()
-    assert file.read_bytes() == b"two"
+    assert file.read_bytes() == b"two" and list(tmp_path.iterdir()) == [file]
     disk.replace_file(file, b"four")
     assert file.read_bytes() == b"four" and list(tmp_path.iterdir()) == [file]

@@ -196,6 +196,23 @@ def test_an_explosion_is_stopped_where_no_number_is_infinite(options, trainer_of
     assert at.weights and trainer.state.global_step == 3
 
 
+def test_the_losses_before_an_interruption_count(options, trainer_of):
+    """The same explosion, at step 4, in one training and in one that goes on from step 2."""
+    settings, said = options(lora_dropout=0.2), []
+    for checkpoint in (None, str(Path(settings.output_dir) / "checkpoint-2")):
+        trainer = trainer_of(settings)
+
+        def explode(model: nn.Module = trainer.model) -> None:
+            with torch.no_grad():
+                model.model.norm.weight.mul_(1e3)
+
+        AtBatch(trainer.model, 4 if checkpoint is None else 2, explode)
+        with pytest.raises(DivergenceError) as caught:
+            train_and_save(trainer, checkpoint)
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "step 4: " in said[0] and "mean over 4 steps" in said[0]
+
+
 def test_a_lower_learning_rate_counts_where_the_training_goes_on(options):
     finetune(options(max_steps=6, save_steps=3, lr_scheduler_type="constant"))
     checkpoint = str(Path(options().output_dir) / "checkpoint-3")

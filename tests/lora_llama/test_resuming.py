@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import Trainer
 
-from lora_llama import training
+from lora_llama import state_files, training
+from lora_llama.batching import SupervisedDataset
 from lora_llama.options import FinetuneOptions
 from lora_llama.resuming import check_checkpoint, read_state
 from lora_llama.training import finetune
 
+BATCH = "per_device_train_batch_size x gradient_accumulation_steps x number of processes"
+DIGEST = "SHA-256 of the encoded rows, in their order"
 ROWS = [{"prompt": f"add {i}+1", "completion": str(i + 1)} for i in range(8)]
 
 
@@ -74,7 +78,7 @@ def test_the_checkpoint_itself_is_complete(trained, checkpoint, tmp_path):
 
 NEEDED = [
     "adapter_config.json", "adapter_model.safetensors", "optimizer.json", "optimizer.safetensors",
-    "scheduler.json", "rng_state_0.json", "rng_state_0.safetensors",
+    "scheduler.json", "rng_state_0.json", "rng_state_0.safetensors", "training.json",
 ]  # fmt: skip
 FAULTS: dict[str, Callable[[bytes], bytes | None]] = {
     "missing": lambda content: None,
@@ -120,17 +124,92 @@ def test_a_state_of_another_kind(change, message, refused, checkpoint, monkeypat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_r": 8}, "has an adapter with r=2; this one has r=8"),
-        ({"lora_alpha": 9}, "has an adapter with lora_alpha=32; this one has lora_alpha=9"),
+        ({"lora_r": 8}, "r: expected 2, got 8"),
+        ({"lora_alpha": 9}, "lora_alpha: expected 32, got 9"),
+        ({"use_rslora": True}, "use_rslora: expected False, got True"),
+        ({"lora_dropout": 0.3}, "lora_dropout: expected 0.0, got 0.3"),
+        ({"seed": 7}, "seed: expected 42, got 7"),
+        ({"per_device_train_batch_size": 2}, f"{BATCH}: expected 4, got 2"),
+        ({"gradient_accumulation_steps": 2}, f"{BATCH}: expected 4, got 8"),
+        ({"max_length": 11}, f"{DIGEST}: expected HEX, got HEX"),
+        ({"train_on_inputs": True}, f"{DIGEST}: expected HEX, got HEX"),
         (
-            {"use_rslora": True},
-            "has an adapter with use_rslora=False; this one has use_rslora=True",
+            {"packing": True},
+            f"training rows: expected 8, got 1; {DIGEST}: expected HEX, got HEX",
+        ),
+        (
+            {"val_set_size": 2},
+            f"training rows: expected 8, got 6; {DIGEST}: expected HEX, got HEX",
+        ),
+        (
+            {"val_set_size": 2, "seed": 7, "per_device_train_batch_size": 1, "lora_dropout": 0.5},
+            f"training rows: expected 8, got 6; {DIGEST}: expected HEX, got HEX; "
+            f"seed: expected 42, got 7; {BATCH}: expected 4, got 1; "
+            "lora_dropout: expected 0.0, got 0.5",
         ),
     ],
 )
-def test_an_adapter_with_other_options(changes, message, refused, checkpoint, monkeypatch):
+def test_another_training(changes, message, refused, checkpoint, monkeypatch):
     monkeypatch.setattr(training.LoraLlamaForCausalLM, "from_pretrained", never)
-    assert refused(**changes) == f"resume_from_checkpoint: {checkpoint} {message}"
+    found = re.sub("[0-9a-f]{64}", "HEX", refused(**changes))
+    assert found == f"resume_from_checkpoint: {checkpoint} is of another training: {message}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: [*rows[:-1], {"prompt": rows[-1]["prompt"], "completion": "x"}],
+        lambda rows: [{"prompt": "ADD 0+1", "completion": "1"}, *rows[1:]],
+        lambda rows: [rows[1], rows[0], *rows[2:]],
+    ],
+)
+def test_other_data_of_the_same_number(change, trained, refused, tmp_path):
+    data = tmp_path / "other.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in change(ROWS)))
+    assert f"is of another training: {DIGEST}: expected " in refused(data=str(data))
+
+
+def test_the_digest_of_a_dataset():
+    def digest(*rows: list[int], **more: list[int]) -> str:
+        items = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in rows]
+        items[0] |= {name: torch.tensor(values) for name, values in more.items()}
+        return SupervisedDataset(items).sha256
+
+    assert digest([1, 2], [3]) == digest([1, 2], [3])
+    others = [
+        digest([1], [2, 3]), digest([3], [1, 2]), digest([1, 2, 3]), digest([1, 2], [3], [4]),
+        digest([1, 2], [3], labels=[-100, 2]), digest([1, 2], [3], position_ids=[0, 1]),
+    ]  # fmt: skip
+    assert len({digest([1, 2], [3]), *others}) == 1 + len(others)
+
+
+def test_the_trainer_itself_refuses_another_training(trained, checkpoint, tmp_path):
+    """As `finetune` does: a training of one's own may begin here."""
+    options = dataclasses.replace(
+        trained, output_dir=str(tmp_path / "new"), max_steps=1, save_steps=0
+    )
+    trainer, _ = finetune(options)
+    trainer.args.gradient_accumulation_steps = 2
+    with pytest.raises(ValueError, match=f"another training: {BATCH}: expected 4, got 8"):
+        trainer.train(str(checkpoint))
+
+
+def test_the_same_global_batch_goes_on(trained, checkpoint, tmp_path):
+    options = dataclasses.replace(
+        trained, resume_from_checkpoint=str(checkpoint), output_dir=str(tmp_path / "new"),
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-5,
+        logging_steps=2, save_steps=1,
+    )  # fmt: skip
+    _, result = finetune(options)
+    assert result.steps == 4 and (tmp_path / "new" / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize(("state", "kind"), [([1], "list"), ("x", "str"), (None, "NoneType")])
+def test_a_record_of_another_kind(state, kind, refused, checkpoint, monkeypatch):
+    monkeypatch.setattr(training.LoraLlamaForCausalLM, "from_pretrained", never)
+    file = checkpoint / "training.json"
+    file.write_bytes(state_files.to_files(state)[".json"])
+    assert refused() == f"resume_from_checkpoint: {file}: expected an object, got {kind}"
 
 
 def test_an_adapter_of_other_layers_is_refused_with_every_key(refused, checkpoint):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lora_kernels import LoraConfig
 from lora_kernels.adapter_files import load_adapter
 from lora_kernels.layers import LoraLinear, lora_layers
 from lora_llama import options as option_module
+from lora_llama import state_files
 from lora_llama import trainer as trainer_module
 from lora_llama.batching import Collator, load_dataset
 from lora_llama.data import encode_row, split_dataset
@@ -442,6 +444,7 @@ def names(directory: str | Path) -> set[str]:
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 STATE_FILES = {
+    "training.json",
     "optimizer.json", "optimizer.safetensors", "scheduler.json", "rng_state_0.json",
     "rng_state_0.safetensors", "trainer_state.json",
 }  # fmt: skip
@@ -585,24 +588,66 @@ def test_seeds_decide_the_training(options, on_cpu):
 
 
 def test_a_resumed_training_may_begin_to_evaluate(options):
-    settings = options(max_steps=4, save_steps=2)
+    settings = options(max_steps=4, save_steps=2, val_set_size=4)
     finetune(settings)
     checkpoint = str(Path(settings.output_dir) / "checkpoint-2")
     _, result = finetune(
-        dataclasses.replace(settings, resume_from_checkpoint=checkpoint, val_set_size=4)
+        dataclasses.replace(settings, resume_from_checkpoint=checkpoint, eval_steps=1)
     )
-    assert [step for step, _ in result.eval_losses] == [4]
+    assert [step for step, _ in result.eval_losses] == [0, 2, 3, 4]
 
 
-def test_a_finished_training_resumes_to_nothing(options):
-    settings = options(max_steps=4, save_steps=2, val_set_size=3)
+# 37 rows in batches of 4: an epoch is 10 steps.
+LENGTHS = {
+    "steps": ({"max_steps": 4}, 4),
+    "steps, where an epoch ends": ({"max_steps": 10}, 10),
+    "epochs": ({"max_steps": -1, "num_train_epochs": 1}, 10),
+    "half an epoch more": ({"max_steps": -1, "num_train_epochs": 1.5}, 15),
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_finished_training_resumes_to_nothing(length, options):
+    """Also one that was killed between its last checkpoint and the end."""
+    changes, steps = LENGTHS[length]
+    settings = options(
+        save_steps=steps // 2 if steps % 2 == 0 else 5, val_set_size=3,
+        lr_scheduler_type="constant", **changes,
+    )  # fmt: skip
     _, first = finetune(settings)
     weights = adapter_of(settings.output_dir)
-    trainer, second = finetune(dataclasses.replace(settings, resume_from_checkpoint="latest"))
-    assert (second.steps, trainer.tokens_trained, second.gradients) == (4, 0, [])
-    assert_same_tensors(adapter_of(settings.output_dir), weights)
-    assert second.train_losses == first.train_losses
-    assert second.eval_losses == first.eval_losses
+    output = Path(settings.output_dir)
+    for file in [path for path in output.iterdir() if path.is_file()]:
+        file.unlink()
+    for _ in range(2):
+        trainer, second = finetune(dataclasses.replace(settings, resume_from_checkpoint="latest"))
+        assert (second.steps, trainer.tokens_trained, second.gradients) == (steps, 0, [])
+        assert_same_tensors(adapter_of(settings.output_dir), weights)
+        assert second.train_losses == first.train_losses
+        assert second.eval_losses == first.eval_losses
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_none(options, tmp_path):
+    settings = options(max_steps=4, save_steps=4)
+    finetune(settings)
+    checkpoint = str(tmp_path / "output" / "checkpoint-4")
+    fewer = options(
+        max_steps=3, output_dir=str(tmp_path / "new"), resume_from_checkpoint=checkpoint
+    )
+    trainer, result = finetune(fewer)
+    assert (result.steps, trainer.tokens_trained) == (4, 0)
+    assert_same_tensors(adapter_of(fewer.output_dir), adapter_of(settings.output_dir))
+
+
+def test_the_tokenizer_is_not_written_anew_where_it_is_the_same(options, tmp_path):
+    settings = options(max_steps=1)
+    finetune(settings)
+    file, template = (tmp_path / "output" / n for n in ("tokenizer.json", "chat_template.jinja"))
+    before, content = os.stat(file), template.read_bytes()
+    template.write_text("older")
+    finetune(settings)
+    assert (os.stat(file).st_ino, os.stat(file).st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert template.read_bytes() == content
 
 
 def test_missing_checkpoints(options, tmp_path):
@@ -614,12 +659,14 @@ def test_missing_checkpoints(options, tmp_path):
     assert find_checkpoint(options()) is None
 
 
-def test_latest_is_the_highest_finished_checkpoint(options, tmp_path):
+def test_latest_is_the_finished_checkpoint_that_was_saved_last(options, tmp_path):
     settings = options(resume_from_checkpoint="latest")
     contents = {"9": "{}", "10": "{}", "11": '{"epoch": ', "12": None, "x": "{}"}
-    for step, content in contents.items():
+    for number, (step, content) in enumerate(contents.items(), 1):
         directory = tmp_path / "output" / f"checkpoint-{step}"
         directory.mkdir(parents=True)
+        record = state_files.to_files({"save_number": number})[".json"]
+        (directory / "training.json").write_bytes(record)
         if content is not None:
             (directory / "trainer_state.json").write_text(content)
     assert find_checkpoint(settings) == str(tmp_path / "output" / "checkpoint-10")
@@ -628,6 +675,22 @@ def test_latest_is_the_highest_finished_checkpoint(options, tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="its saving was interrupted"):
         find_checkpoint(half)
+
+
+def test_latest_is_not_of_an_older_training(options, monkeypatch, tmp_path):
+    output = tmp_path / "output"
+    finetune(options(max_steps=6, save_steps=3))
+    anew = options(max_steps=6, save_steps=1, seed=7, learning_rate=1e-3)
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(anew)
+    assert names(output) >= {f"checkpoint-{step}" for step in (1, 2, 3, 6)}
+    latest = dataclasses.replace(anew, resume_from_checkpoint="latest")
+    assert find_checkpoint(latest) == str(output / "checkpoint-2")
+    _, result = finetune(latest)
+    _, whole = finetune(dataclasses.replace(anew, output_dir=str(tmp_path / "whole")))
+    assert result.train_losses == whole.train_losses
 
 
 # Precision.

@@ -170,12 +170,14 @@ def draw() -> list[Any]:
 
 def test_generators_go_on_to_the_last_bit(tmp_path):
     draw()
-    write(tmp_path, "rng_state_0", rng_state() | {"unlogged_loss": 0.1})
+    losses = {"unlogged_loss": 0.1, "recent_losses": [0.1, 0.2]}
+    write(tmp_path, "rng_state_0", rng_state() | losses)
     expected = draw() + draw()
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
-    assert load_rng(tmp_path, rank=0, world_size=1, seed=0, step=0) == 0.1
+    loaded = load_rng(tmp_path, rank=0, world_size=1, seed=0, step=0)
+    assert loaded == (0.1, [0.1, 0.2])
     assert draw() + draw() == expected
 
 
@@ -188,12 +190,12 @@ def test_what_is_drawn_meanwhile_is_forgotten():
     assert draw() == expected
 
 
-@pytest.mark.parametrize("key", ["python", "numpy", "torch", "unlogged_loss"])
-@pytest.mark.parametrize("value", [None, 1, "x", [], torch.zeros(3)])
+@pytest.mark.parametrize("key", ["python", "numpy", "torch", "unlogged_loss", "recent_losses"])
+@pytest.mark.parametrize("value", [None, 1, "x", [[]], torch.zeros(3, 3)])
 def test_generators_that_are_none_name_their_file(key, value, tmp_path):
     if key == "unlogged_loss" and isinstance(value, int):
         value = "no number"
-    state = rng_state() | {"unlogged_loss": 0.0}
+    state = rng_state() | {"unlogged_loss": 0.0, "recent_losses": []}
     state[key] = value
     if value is None:
         del state[key]
@@ -206,11 +208,13 @@ def test_generators_that_are_none_name_their_file(key, value, tmp_path):
 def test_more_processes_than_before(tmp_path):
     for rank, loss in enumerate((1.0, 3.0)):
         torch.manual_seed(rank)
-        write(tmp_path, f"rng_state_{rank}", rng_state() | {"unlogged_loss": loss})
+        losses = {"unlogged_loss": loss, "recent_losses": [loss, 5 * loss]}
+        write(tmp_path, f"rng_state_{rank}", rng_state() | losses)
     assert saved_ranks(tmp_path) == [0, 1]
 
     def load(rank: int, seed: int = 5, step: int = 9) -> list[Any]:
-        assert load_rng(tmp_path, rank, world_size=4, seed=seed, step=step) == 2.0
+        loaded = load_rng(tmp_path, rank, world_size=4, seed=seed, step=step)
+        assert loaded == (2.0, [2.0, 10.0])
         return draw()
 
     torch.manual_seed(1)
