@@ -130,7 +130,28 @@ def load_adapter(
             of the config's rank for every module with what the config asks for. The message names
             the file and keys (the first thousand of them). Whatever `check` raises.
     """
-    directory = Path(directory)
+    config, _, tensors_path = _checked(Path(directory), check)
+    tensors = _read_tensors(tensors_path)
+    _check_finite(str(tensors_path), tensors)
+    return config, tensors
+
+
+def read_adapter_outline(
+    directory: str | os.PathLike[str],
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """What `load_adapter` knows before it reads data: the config, and tensors without memory.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_adapter`, for all but the values.
+    """
+    return _checked(Path(directory))[:2]
+
+
+def _checked(
+    directory: Path,
+    check: Callable[[LoraConfig, Mapping[str, torch.Tensor]], None] | None = None,
+) -> tuple[LoraConfig, dict[str, torch.Tensor], Path]:
+    """The config, the tensors on the meta device and their file, all that needs no data checked."""
     if not directory.is_dir():
         fault = "is not a directory" if directory.exists() else "is missing"
         raise FileNotFoundError(f"adapter directory {str(directory)!r} {fault}")
@@ -149,9 +170,7 @@ def load_adapter(
     _check_tensors(str(tensors_path), config, found)
     if check is not None:
         check(config, found)
-    tensors = _read_tensors(tensors_path)
-    _check_finite(str(tensors_path), tensors)
-    return config, tensors
+    return config, found, tensors_path
 
 
 def _checked_path(directory: Path, name: str) -> Path:
@@ -301,8 +320,10 @@ def _check_tensors(source: str, config: LoraConfig, tensors: Mapping[str, torch.
     try:
         budget = Budget()
         ranks = {module: config.rank_for(module, budget) for module in modules}
+        for module in modules:
+            config.alpha_for(module, budget)
     except ValueError as error:
-        raise ValueError(f"{source}: rank_pattern: {error}") from error
+        raise ValueError(f"{source}: rank_pattern, alpha_pattern: {error}") from error
     faults = []
     for key, module in expected.items():
         if key not in tensors:

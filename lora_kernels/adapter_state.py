@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lora_kernels.adapter_files import EMBEDDING_NAMES
 from lora_kernels.config import LoraConfig
 from lora_kernels.injection import is_adapter_parameter
-from lora_kernels.layers import lora_layers
+from lora_kernels.layers import adapter_dtype, lora_layers
+from lora_kernels.name_patterns import Budget
 from lora_kernels.saved_modules import ModulesToSave, saved_modules, saved_tensors
 from lora_kernels.sharding import reshard, sharded_like, whole
 from lora_kernels.targets import linear_shape, match_modules_to_save, match_target_modules
@@ -157,9 +158,10 @@ def _expected_shapes(
     required: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
     targets = set(match_target_modules(model, config))
+    budget = Budget()
     for path in targets:
         out_features, in_features = linear_shape(modules[path])
-        r = config.rank_for(path)
+        r = config.rank_for(path, budget)
         required[f"{path}.lora_A.weight"] = (r, in_features)
         required[f"{path}.lora_B.weight"] = (out_features, r)
         if config.lora_bias:
@@ -188,6 +190,32 @@ def _expected_shapes(
         (required if wanted else optional)[key] = tuple(tensor.shape)
     parts = ("original_module", "modules_to_save")
     return required, optional, tuple(f"{path}.{part}." for path in saved for part in parts)
+
+
+def check_values(
+    model: nn.Module, tensors: Mapping[str, Tensor], autocast_adapter_dtype: bool, source: str
+) -> None:
+    """Checks that values which fit the model are finite in the dtypes that they will have there.
+
+    Raises:
+        ValueError: naming every key with a value that is not.
+    """
+    state = {
+        _base_key(key).replace(".original_module.", "."): tensor
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if not is_adapter_parameter(key)
+    }
+    faults = []
+    for key, tensor in tensors.items():
+        module, mark, _ = key.partition(".lora_")
+        base = state.get(f"{module}.weight" if mark else _base_key(key))
+        if base is None or not tensor.is_floating_point():
+            continue
+        dtype = adapter_dtype(base.dtype, autocast_adapter_dtype) if mark else base.dtype
+        if not tensor.to(dtype).isfinite().all():
+            faults.append(f"{key}: expected values that are finite in {dtype}")
+    if faults:
+        raise ValueError(f"{source}: " + "; ".join(faults))
 
 
 def copy_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from lora_kernels.adapter_state import (
     adapter_state_dict,
     check_fit,
     check_known,
+    check_values,
     copy_adapter,
 )
 from lora_kernels.config import validate_adapter_name
@@ -257,7 +258,11 @@ def load_adapter_into(
     config, tensors = load_adapter(
         directory, lambda config, outlines: check_fit(model, config, outlines, str(directory))
     )
-    inject_lora(model, config, adapter_name, autocast_adapter_dtype)
+    check_values(model, tensors, autocast_adapter_dtype, str(directory))
+    try:
+        inject_lora(model, config, adapter_name, autocast_adapter_dtype)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{directory}: {error}") from error
     copy_adapter(model, adapter_name, tensors)
     if not is_trainable and adapter_name in active_adapters(model):
         set_adapter(model, adapter_name, inference_mode=True)

@@ -62,7 +62,11 @@ _TASK_TYPES = (
 
 _BIASES = ("none", "all", "lora_only")
 
-_PISSA_ITERATIONS = re.compile(r"pissa_niter_\d{1,4}")
+_PISSA_ITERATIONS = re.compile(r"pissa_niter_(\d{1,4})")
+# Four are near the exact decomposition; each is two products with the whole weight.
+_MAX_PISSA_ITERATIONS = 64
+# What a number must not exceed to be one in float32, the widest dtype that kernels scale in.
+_MAX_ALPHA = torch.finfo(torch.float32).max
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 
@@ -79,7 +83,7 @@ class LoraConfig:
         target_modules: the modules to adapt, by names, suffixes, one regular expression or
             "all-linear"; see `targets.py`.
         exclude_modules: modules never adapted, by name suffixes or one regular expression.
-        lora_alpha: numerator of the scaling; any finite number.
+        lora_alpha: numerator of the scaling; any number that is finite in float32.
         lora_dropout: probability in [0, 1) of zeroing an input of the LoRA branch in training.
         use_rslora: scale by 1/sqrt(r) instead of 1/r (https://arxiv.org/abs/2312.03732).
         fan_in_fan_out: True for layers that keep their weight [in, out]: transformers' Conv1D, as
@@ -90,8 +94,9 @@ class LoraConfig:
             whose name ends with an entry, and saves it. No adapter is put into such a module.
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal with standard
             deviation 1/r, B zero. False: both random, so that an untrained adapter has an effect.
-            "pissa", "pissa_niter_N", "olora": the leading part of the weight itself, which is
-            taken out of the base (see `init_weights.py`). "orthogonal": A and B orthogonal.
+            "pissa", "pissa_niter_N" (N at most 64), "olora": the leading part of the weight itself,
+            which is taken out of the base (see `init_weights.py`); lora_alpha > 0. "orthogonal": A
+            and B orthogonal.
         use_dora: decompose the weight into lengths, trained as well, and directions
             (https://arxiv.org/abs/2402.09353).
         lora_bias: a trained bias on B.
@@ -135,7 +140,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         self._check_supported()
         check_rank("r", self.r)
-        check_number("lora_alpha", self.lora_alpha)
+        _check_alpha("lora_alpha", self.lora_alpha)
         check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise wrong(ValueError, "lora_dropout", "a number in [0, 1)", self.lora_dropout)
@@ -159,7 +164,7 @@ class LoraConfig:
         self.modules_to_save = checked_names("modules_to_save", self.modules_to_save)
         self.layers_pattern = checked_names("layers_pattern", self.layers_pattern)
         self._check_layers()
-        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_number)):
+        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", _check_alpha)):
             patterns = getattr(self, name)
             if not isinstance(patterns, dict):
                 raise wrong(TypeError, name, "a dict", patterns)
@@ -183,9 +188,11 @@ class LoraConfig:
         init = self.init_lora_weights
         if isinstance(init, str):
             known = init.lower() in ("gaussian", "olora") or init in ("pissa", "orthogonal")
-            if not known and not _PISSA_ITERATIONS.fullmatch(init):
+            iterations = _PISSA_ITERATIONS.fullmatch(init)
+            if not known and not (iterations and int(iterations[1]) <= _MAX_PISSA_ITERATIONS):
                 expected = (
-                    "True, False, 'gaussian', 'pissa', 'pissa_niter_N', 'olora' or 'orthogonal'"
+                    "True, False, 'gaussian', 'pissa', 'olora', 'orthogonal' or 'pissa_niter_N' "
+                    f"with N at most {_MAX_PISSA_ITERATIONS}"
                 )
                 raise wrong(ValueError, "init_lora_weights", expected, init)
         elif not isinstance(init, bool):
@@ -226,14 +233,16 @@ class LoraConfig:
         """
         return _first_match(self.rank_pattern, module_name, self.r, budget)
 
-    def alpha_for(self, module_name: str) -> float:
+    def alpha_for(self, module_name: str, budget: Budget | None = None) -> float:
         """The lora_alpha for the module of this full name, likewise by alpha_pattern."""
-        return _first_match(self.alpha_pattern, module_name, self.lora_alpha)
+        return _first_match(self.alpha_pattern, module_name, self.lora_alpha, budget)
 
-    def scaling_for(self, module_name: str) -> float:
+    def scaling_for(self, module_name: str, budget: Budget | None = None) -> float:
         """The factor on this module's update: alpha/r, or alpha/sqrt(r) with use_rslora."""
-        rank = self.rank_for(module_name)
-        return self.alpha_for(module_name) / (math.sqrt(rank) if self.use_rslora else rank)
+        budget = budget or Budget()
+        rank = self.rank_for(module_name, budget)
+        alpha = self.alpha_for(module_name, budget)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json: JSON types, sorted keys, no shared objects.
@@ -268,6 +277,12 @@ class LoraConfig:
 
 _SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "inference_mode")
 _FIELDS = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
+
+
+def _check_alpha(name: str, value: object) -> None:
+    check_number(name, value)
+    if abs(value) > _MAX_ALPHA:  # type: ignore[arg-type]
+        raise wrong(ValueError, name, f"a number from -{_MAX_ALPHA} to {_MAX_ALPHA}", value)
 
 
 def validate_adapter_name(name: str) -> None:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Beyond them A or B, rounded to 16 bits, would not hold what the base loses.
+_SCALINGS = (1e-4, 1e4)
 
 
 def changes_weight(mode: bool | str) -> bool:
@@ -30,30 +32,57 @@ def changes_weight(mode: bool | str) -> bool:
 
 
 def check_initialisation(
-    mode: bool | str, shape: tuple[int, int], rank: int, dtype: torch.dtype, name: str
+    mode: bool | str, weight: Tensor, rank: int, scaling: float, name: str
 ) -> None:
     """Checks what `initialise` needs of a layer, before anything is changed.
 
     Args:
-        shape: (out, in) of the layer's weight.
+        weight: [N, K], the layer's.
+        scaling: the factor s.
         name: what an error calls the layer.
 
     Raises:
-        ValueError: the rank is too large for PiSSA or OLoRA, or odd for "orthogonal".
+        ValueError: the rank is too large for PiSSA or OLoRA, or odd for "orthogonal"; or PiSSA or
+            OLoRA would leave NaN or infinity in A, B or the weight, as with a scaling of zero.
         TypeError: PiSSA or OLoRA of a weight that is not of 16 or 32 bits (PEFT's limit).
     """
     if changes_weight(mode):
-        if dtype not in _DTYPES:
+        assert isinstance(mode, str)
+        shape = tuple(weight.shape)
+        if weight.dtype not in _DTYPES:
             raise TypeError(
-                f"init_lora_weights: {mode!r} expects a weight of 16 or 32 bits, got {dtype} "
-                f"({name})"
+                f"init_lora_weights: {mode!r} expects a weight of 16 or 32 bits, got "
+                f"{weight.dtype} ({name})"
             )
+        if weight.is_meta:
+            raise ValueError(f"init_lora_weights: {mode!r} expects weights, {name} has no memory")
         if rank > min(shape):
             raise ValueError(
                 f"r: {mode!r} expects at most {min(shape)} for weight {shape}, got {rank} ({name})"
             )
+        _check_residual(mode, weight, scaling, name)
     elif mode == "orthogonal" and rank % 2:
         raise ValueError(f"r: 'orthogonal' expects an even rank, got {rank} ({name})")
+
+
+def _check_residual(mode: str, weight: Tensor, scaling: float, name: str) -> None:
+    """Checks that what the base loses can be written in the weight's dtype, by bounds on it.
+
+    No singular value is above the weight's norm, and no element of Q_r R_r or of the residual above
+    (1 + s) times the norm of its column.
+    """
+    least, most = _SCALINGS
+    if not least <= scaling <= most:
+        raise ValueError(
+            f"lora_alpha: {mode!r} expects a scaling from {least} to {most}, got {scaling} ({name})"
+        )
+    norm = torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+    column = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).max().item()
+    if not max(math.sqrt(norm / least), (1 + scaling) * column) <= torch.finfo(weight.dtype).max:
+        raise ValueError(
+            f"init_lora_weights: {mode!r} expects a finite weight that is not too large for "
+            f"{weight.dtype}, got one of norm {norm} with scaling {scaling} ({name})"
+        )
 
 
 def initialise(

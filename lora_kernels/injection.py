@@ -10,12 +10,12 @@ from torch import nn
 from lora_kernels.config import LoraConfig, validate_adapter_name
 from lora_kernels.init_weights import changes_weight, check_initialisation
 from lora_kernels.layers import LoraLinear, check_replaceable, lora_layers
+from lora_kernels.name_patterns import Budget
 from lora_kernels.saved_modules import ModulesToSave
 from lora_kernels.sharding import refuse_sharded
 from lora_kernels.targets import (
     HEADS,
     is_conv1d,
-    linear_shape,
     match_modules_to_save,
     match_target_modules,
 )
@@ -87,8 +87,9 @@ def inject_lora(
         wrappers[path] = wrapper.train(module.training)
     new = {modules[path]: module for path, module in [*layers.items(), *wrappers.items()]}
     replace_modules(model, new)
+    budget = Budget()
     for path, layer in layers.items():
-        layer.add_adapter(adapter_name, config, path, autocast_adapter_dtype)
+        layer.add_adapter(adapter_name, config, path, autocast_adapter_dtype, budget)
         # What is active is a choice for the whole model, also for layers new to adapters.
         if configs and layer.active_adapters == [adapter_name]:
             layer.set_adapter([])
@@ -195,7 +196,7 @@ def _check_biases(configs: Mapping[str, LoraConfig], config: LoraConfig) -> None
 def _check_targets(
     modules: Mapping[str, nn.Module], paths: Sequence[str], config: LoraConfig, name: str
 ) -> None:
-    mode = config.init_lora_weights
+    mode, budget = config.init_lora_weights, Budget()
     for path in paths:
         module = modules[path]
         if not isinstance(module, LoraLinear):
@@ -207,12 +208,11 @@ def _check_targets(
                 f"{path}: {module.merged_adapters} are merged into the weight that the new adapter "
                 "begins with; unmerge first"
             )
-        weight = module.get_parameter("weight")
-        check_initialisation(
-            mode, linear_shape(module), config.rank_for(path), weight.dtype, path
-        )  # fmt: skip
-        if changes_weight(mode) and weight.is_meta:
-            raise ValueError(f"init_lora_weights: {mode!r} expects weights, {path} has no memory")
+        weight = module.get_parameter("weight").detach()
+        if is_conv1d(module) or getattr(module, "fan_in_fan_out", False):
+            weight = weight.t()
+        rank, scaling = config.rank_for(path, budget), config.scaling_for(path, budget)
+        check_initialisation(mode, weight, rank, scaling, path)
 
 
 def _check_saveable(path: str, module: nn.Module, name: str) -> None:

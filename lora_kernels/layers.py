@@ -22,6 +22,7 @@ from lora_kernels.init_weights import check_initialisation, initialise, initiali
 from lora_kernels.lora_linear.dora import weight_norm
 from lora_kernels.lora_linear.op import Projection, lora_linear, lora_linear_grouped
 from lora_kernels.merging import merged_weight_and_bias
+from lora_kernels.name_patterns import Budget
 from lora_kernels.sharding import sharded_like, whole
 from lora_kernels.successive import add_successive
 from lora_kernels.targets import is_conv1d, linear_shape
@@ -129,6 +130,7 @@ class LoraLinear(nn.Linear):
         config: LoraConfig,
         module_name: str = "",
         autocast_adapter_dtype: bool = True,
+        budget: Budget | None = None,
     ) -> None:
         """Adds an adapter and freezes the base; the first adapter becomes active.
 
@@ -137,20 +139,23 @@ class LoraLinear(nn.Linear):
         Args:
             module_name: this layer's path in its model, for rank_pattern and alpha_pattern.
             autocast_adapter_dtype: keep the adapter in float32 over a float16 or bfloat16 base.
+            budget: of steps, for the patterns with all layers together; see `name_patterns.py`.
 
         Raises:
-            ValueError: the name is taken or unusable, or the rank does not suit the initialisation.
+            ValueError: the name is taken or unusable, or rank, scaling or weight do not suit the
+                initialisation; the layer is unchanged.
             TypeError: the weight's dtype does not.
         """
         validate_adapter_name(name)
         if name in self.lora_A:
             raise ValueError(f"adapter_name: {name!r} exists already in this layer")
-        r = config.rank_for(module_name)
-        mode, shape = config.init_lora_weights, (self.out_features, self.in_features)
-        check_initialisation(mode, shape, r, self.weight.dtype, module_name or "this layer")
-        dtype = self.weight.dtype
-        if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
-            dtype = torch.float32
+        budget = budget or Budget()
+        r, scaling = config.rank_for(module_name, budget), config.scaling_for(module_name, budget)
+        check_initialisation(
+            config.init_lora_weights, self.weight_by_rows.detach(), r, scaling,
+            module_name or "this layer",
+        )  # fmt: skip
+        dtype = adapter_dtype(self.weight.dtype, autocast_adapter_dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -165,7 +170,7 @@ class LoraLinear(nn.Linear):
             if wanted:
                 vector = torch.empty(self.out_features, dtype=dtype, device=device)
                 parameters[name] = nn.Parameter(vector)
-        self.scaling[name] = config.scaling_for(module_name)
+        self.scaling[name] = scaling
         self.lora_dropout[name] = config.lora_dropout
         self._init_modes[name] = config.init_lora_weights
         self.reset_adapter_parameters(name)
@@ -407,6 +412,12 @@ def projections_of(layers: Sequence[nn.Module]) -> tuple[list[Projection], float
     if len(rates) > 1:
         return None
     return projections, rates.pop() if rates else 0.0
+
+
+def adapter_dtype(weight_dtype: torch.dtype, autocast: bool = True) -> torch.dtype:
+    """The dtype of an adapter over a weight: float32 over one of 16 bits, unless not autocast."""
+    low = autocast and weight_dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if low else weight_dtype
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -345,6 +345,8 @@ def test_what_peft_writes_of_an_option_is_what_we_write(settings):
         ("use_rslora", 1, TypeError),
         ("inference_mode", None, TypeError),
         ("init_lora_weights", "pissa_niter_x", ValueError),
+        ("init_lora_weights", "pissa_niter_65", ValueError),
+        ("lora_alpha", 1e39, ValueError),
         ("init_lora_weights", "loftq", ValueError),
         ("bias", "some", ValueError),
         ("bias", None, ValueError),

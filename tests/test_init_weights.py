@@ -108,6 +108,50 @@ def test_the_part_moves_from_the_base_to_the_adapter(mode: str, conv1d: bool):
 
 
 @pytest.mark.parametrize("mode", CHANGING)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lora_alpha": 0}, "lora_alpha: .* expects a scaling from .* got 0.0 \\(2\\)"),
+        ({"lora_alpha": -8}, "lora_alpha: .* expects a scaling from"),
+        ({"lora_alpha": 1e38}, "lora_alpha: .* expects a scaling from"),
+        ({"weight": torch.nan}, "expects a finite weight .* norm nan"),
+        ({"weight": torch.inf}, "expects a finite weight .* norm inf"),
+        ({"weight": 3e38}, "expects a finite weight .* norm inf"),
+    ],
+    ids=str,
+)
+def test_what_would_leave_no_number_in_the_base_is_refused(mode, changes, match):
+    """Of the second layer alone: the first is unchanged as well."""
+    model = net()
+    weight = changes.get("weight")
+    alpha = {"alpha_pattern": {"2": changes["lora_alpha"]}} if weight is None else {}
+    if weight is not None:
+        with torch.no_grad():
+            model[2].weight[:2].fill_(weight)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        inject_lora(model, LoraConfig(**settings(mode, target_modules=["0", "2"], **alpha)))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("scaling", "dtype"), [(1e-4, torch.float16), (1e4, torch.bfloat16)])
+@pytest.mark.parametrize("mode", ["pissa", "olora"])
+def test_the_smallest_and_the_largest_scaling_keep_the_weight(mode, scaling, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=False).to(dtype)
+    weight = linear.weight.detach().float()
+    layer = LoraLinear.from_linear(linear)
+    layer.add_adapter("a", LoraConfig(r=4, lora_alpha=4 * scaling, init_lora_weights=mode))
+    delta = scaling * layer.lora_B["a"] @ layer.lora_A["a"]
+    error = (layer.weight.float() + delta - weight).norm() / weight.norm()
+    # Of OLoRA both parts are as large as the scaling.
+    assert error <= 8 * torch.finfo(dtype).eps * max(1, scaling if mode == "olora" else 1)
+
+
+@pytest.mark.parametrize("mode", CHANGING)
 def test_a_saved_adapter_takes_the_same_part_out_of_a_new_base(mode: str, tmp_path):
     model = inject_lora(net(), LoraConfig(**settings(mode)))
     with torch.no_grad():

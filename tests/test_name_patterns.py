@@ -4,10 +4,12 @@ import re
 import time
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.config import LoraConfig
+from lora_kernels.injection import inject_lora
 from lora_kernels.name_patterns import MAX_STEPS, Budget, NamePattern, segment_starts
 
 # (An empty name is none, and Python 3.14 has changed what \B is in one.)
@@ -141,3 +143,15 @@ def test_segments():
 )  # fmt: skip
 def test_layers(text, name, layer):
     assert NamePattern(text).index_after(name) == layer
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_the_patterns_of_a_config_have_one_bound_for_all_layers(field):
+    """Each layer takes a sixth of the steps; the model is unchanged when they are used up."""
+    names = [f"{'a' * 64}{i}_" for i in range(12)]
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in names})
+    patterns = {field: {"(?:(?=(?:(?=.*x)?.)*).)*": 2}}
+    with pytest.raises(ValueError, match=f"within {MAX_STEPS} steps"):
+        inject_lora(model, LoraConfig(r=1, target_modules=names, **patterns))
+    assert all(type(module) is torch.nn.Linear for module in model.values())
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -20,7 +20,7 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lora_kernels.adapter_files import load_adapter
+from lora_kernels.adapter_files import read_adapter_outline
 from lora_llama.checkpoint_files import one_line
 from lora_llama.demo import run_demo
 from lora_llama.estimate import estimate
@@ -252,7 +252,7 @@ def _load(
             )
         _check_named(adapter)
         # What is wrong with it is known before the base model has been read.
-        load_adapter(adapter)
+        read_adapter_outline(adapter)
     transformers_logging.disable_progress_bar()
     device = default_device()
     wanted = "auto" if keep_dtype and dtype == "auto" else resolve_dtype(dtype, device)

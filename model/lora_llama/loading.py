@@ -23,6 +23,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
+from lora_kernels.adapter_files import read_adapter_outline
 from lora_llama.checkpoint_files import (
     HUB_OPTIONS,
     check_config,
@@ -62,9 +63,7 @@ def base_model_of(directory: str) -> str:
         FileNotFoundError, ValueError: the directory holds no adapter (see `load_adapter`), or its
             adapter names no base model, or another adapter.
     """
-    from lora_kernels.adapter_files import load_adapter
-
-    config, _ = load_adapter(directory)
+    config, _ = read_adapter_outline(directory)
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_kernels.adapter_files import load_adapter
+from lora_kernels.adapter_files import load_adapter, read_adapter_outline
 from lora_kernels.adapters import load_adapter_into
 from lora_llama import LoraLlama
 
@@ -254,6 +254,20 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "eva"}, "init_lora_weights: expected"),
     ({"use_dora": True}, "lora_magnitude_vector beside it"),
     ({"target_parameters": ["q"]}, "target_parameters: expected None"),
+    ({"init_lora_weights": "pissa_niter_9999"}, "init_lora_weights: .* with N at most 64"),
+    ({"lora_alpha": 1e300}, "lora_alpha: expected a number from"),
+    ({"alpha_pattern": {"q": -1e39}}, "alpha_pattern.*: expected a number from"),
+    *(
+        ({"init_lora_weights": mode, **scale}, "lora_alpha: .* expects a scaling from")
+        for mode in ("pissa", "pissa_niter_4", "olora")
+        for scale in (
+            {"lora_alpha": 0},
+            {"lora_alpha": -8},
+            {"lora_alpha": 1e38},
+            {"lora_alpha": 1e-300},
+            {"alpha_pattern": {"v": 0}},
+        )
+    ),
     ({"auto_mapping": {"base_model_class": "os"}, "r": 3}, "expected rank 3"),
 ]
 
@@ -281,17 +295,22 @@ def sys_int_digits(limit: int = 0) -> int:
 UNSUPPORTED = (r"(a)\1", "(?>a+)b")
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+@pytest.mark.parametrize(
+    "field",
+    ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"],
+)
 @pytest.mark.parametrize("text", [
     "(a+)+$", "(a|aa)+$", "(.*)*b", "(a?){50}a{50}b", ".*" * 30 + "x", "(?=(a+)+$)b", "((a*)*)*b",
-    "(a{1000}){1000}", *UNSUPPORTED,
+    "(a{1000}){1000}", "(?:(?=(?:(?=.*x)?.)*).)*", *UNSUPPORTED,
 ])  # fmt: skip
 def test_expressions_that_take_for_ever_in_re(text, field, watch, tmp_path):
     """Of a file's config, against the names in the file and in the model."""
     names = [f"{'a' * 64}{i}_" for i in range(200)]
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in names})
     config = {"peft_type": "LORA", "r": 1, "target_modules": names}
-    config[field] = {text: 2} if field == "rank_pattern" else text
+    config[field] = {text: 2} if field.endswith("k_pattern") or field == "alpha_pattern" else text
+    if field == "layers_pattern":
+        config["layers_to_transform"] = [0]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     tensors = {
         f"base_model.model.{name}.lora_{matrix}.weight": torch.ones(shape)
@@ -299,8 +318,8 @@ def test_expressions_that_take_for_ever_in_re(text, field, watch, tmp_path):
         for matrix, shape in (("A", (1, 2)), ("B", (2, 1)))
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    if field == "exclude_modules" and text not in UNSUPPORTED:
-        # Whatever it excludes, or that it takes too many steps, is known soon.
+    if field in ("exclude_modules", "alpha_pattern") and text not in UNSUPPORTED:
+        # Whatever it matches, or that it takes too many steps, is known soon.
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             watch.measured(lambda: load_adapter_into(model, tmp_path))
@@ -352,6 +371,28 @@ def test_weights_that_are_not_finite(kind, value, kinds, watch, copy, save_tenso
         watch.refused(kinds[kind].read, directory, file, "expected finite values")
 
 
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("value", [1e300, -1e39, 1e5])
+def test_values_that_are_finite_in_the_file_alone(value, low, kinds, watch, copy, save_tensors):
+    """float64 beyond float32, and float32 beyond a float16 base's own adapters."""
+    directory = copy("adapter")
+    file = directory / "adapter_model.safetensors"
+    tensors = {key: tensor.double() for key, tensor in load_file(file).items()}
+    key = next(key for key in tensors if "v.lora_B." in key)
+    save_tensors({**tensors, key: tensors[key].index_fill(0, torch.tensor(1), value)}, file)
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(96, 96), "v": torch.nn.Linear(96, 96)})
+    model.to(torch.float16 if low else torch.float32)
+
+    def load(path: Path) -> None:
+        load_adapter_into(model, path, autocast_adapter_dtype=not low)
+
+    if abs(value) < 65504 or (not low and abs(value) < 1e38):
+        load(directory)
+        return
+    watch.refused(load, directory, directory, r"v\.lora_B\.weight: expected values that are finite")
+    assert not hasattr(model, "lora_configs")
+
+
 @pytest.mark.parametrize("shape", [(0, 96), (96, 4), (4,), (4, 96, 1), (5, 96), (4, 95)], ids=str)
 def test_adapters_of_other_shapes(shape, kinds, watch, copy, save_tensors):
     directory = copy("adapter")
@@ -362,11 +403,18 @@ def test_adapters_of_other_shapes(shape, kinds, watch, copy, save_tensors):
     watch.refused(kinds["adapter"].read, directory, directory, "expected")
 
 
-def test_data_are_not_read_before_the_header_is_checked(kinds, watch, copy, joined):
-    """Sixteen GiB that the header is right about, but that no module of the model has."""
+def write_base(directory: Path, base: str) -> None:
+    """Names a base model in an adapter's config."""
+    file = directory / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "base_model_name_or_path": base}))
+
+
+def test_data_are_not_read_before_the_header_is_checked(kinds, watch, copy, joined, good):
+    """A GiB that the header is right about, but that no module of the model has."""
     directory = copy("adapter")
     file = directory / "adapter_model.safetensors"
-    columns, header, end = 1 << 29, {}, 0
+    columns, header, end = 1 << 25, {}, 0
     for module in "qv":
         for matrix, shape in (("A", [4, columns]), ("B", [96, 4])):
             begin, end = end, end + 4 * shape[0] * shape[1]
@@ -377,6 +425,12 @@ def test_data_are_not_read_before_the_header_is_checked(kinds, watch, copy, join
         opened.write(content)
         opened.truncate(len(content) + end)
     watch.refused(kinds["adapter"].read, directory, directory, "expected shape")
+    # Where no model is there yet, the header is all that is read.
+    config, tensors = watch.measured(lambda: read_adapter_outline(directory))
+    assert (config.r, len(tensors)) == (4, 4)
+    write_base(directory, str(good["llama"]))
+    with pytest.raises(ValueError, match=f"{directory}: target_modules: expected"):
+        watch.measured(lambda: LoraLlama.from_pretrained(directory))
     # Without a model the same file is a whole adapter, as far as its header goes.
     seen: list[int] = []
 
