@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.hub import cached_files
 
@@ -44,6 +45,31 @@ _COUNTS = (
 _MAX_LAYERS = 500
 _MAX_JSON_BYTES = 4 << 20
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim")
+# Names of classes, which a causal model does not use, but transformers makes or reads one by one.
+_MAX_LABELS = 10_000
+# A vocabulary of a quarter of a million tokens takes 32 MiB.
+MAX_TEXT_BYTES = 1 << 26
+# Files that a tokenizer's readers take as a whole; the patterns are those of transformers.
+_TEXT_FILES = re.compile(
+    r"config\.json|generation_config\.json|tokenizer_config\.json|tokenizer\.json|"
+    r"special_tokens_map\.json|added_tokens\.json|chat_template\.json|vocab\.json|vocab\.txt|"
+    r"merges\.txt|tekken\.json|.*\.jinja|.*\.model"
+)
+_TEMPLATES = "additional_chat_templates"
+
+
+NO_CODE = "expected no code of the checkpoint's own, which is never run"
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "attention_factor", "beta_fast", "beta_slow",
+)  # fmt: skip
+_POSITIVE: tuple[str, Callable[[float], bool]] = ("above 0", lambda x: 0 < x < math.inf)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "rms_norm_eps": ("of at least 0", lambda x: 0 <= x < math.inf),
+    "attention_dropout": ("of at least 0 and below 1", lambda x: 0 <= x < 1),
+    # A head turns all of its width at most.
+    "partial_rotary_factor": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+}
 
 
 def one_line(error: BaseException) -> str:
@@ -70,17 +96,48 @@ def find_file(path: str, name: str, options: Mapping[str, Any]) -> str | None:
         return None
 
 
-def check_inside(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-    """Checks that a file of a checkpoint's directory is no link to a place elsewhere.
+def check_directory(path: str, subfolder: str = "") -> None:
+    """Checks every file of a local checkpoint, and of its templates, before transformers opens one.
+
+    Which files it opens depends on what is in others, as the tokenizer's class.
 
     Raises:
-        ValueError: it is; the message begins with the file.
+        ValueError: a file is a link that leads out of the directory, a pipe or a device, or is a
+            tokenizer's and too large; the message begins with the file.
+    """
+    directory = os.path.join(path, subfolder)
+    if not os.path.isdir(directory):
+        return
+    # A link that leads out is refused before what it leads to is listed.
+    templates = os.path.join(directory, _TEMPLATES)
+    check_inside(path, templates)
+    for place in (directory, templates):
+        for entry in os.scandir(place) if os.path.isdir(place) else ():
+            if entry.is_dir():
+                continue
+            check_inside(path, entry.path)
+            if not entry.is_file():
+                raise ValueError(f"{entry.path}: expected a regular file")
+            if _TEXT_FILES.fullmatch(entry.name) and entry.stat().st_size > MAX_TEXT_BYTES:
+                raise ValueError(
+                    f"{entry.path}: expected at most {MAX_TEXT_BYTES} bytes, got "
+                    f"{entry.stat().st_size}"
+                )
+
+
+def check_inside(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
+    """Checks that a file is in a checkpoint's directory, and no link to a place elsewhere.
+
+    Raises:
+        ValueError: it is not; the message begins with the file.
     """
     target = Path(os.path.realpath(file))
     allowed = [Path(os.path.realpath(directory))]
     # What a hub's client downloads is kept beside the snapshots that link to it.
     allowed += [p.parent / "blobs" for p in allowed[0].parents if p.name == "snapshots"]
     if not any(target.is_relative_to(place) for place in allowed):
+        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(directory)):
+            raise ValueError(f"{file}: expected a file in the checkpoint's directory {directory}")
         raise ValueError(
             f"{file}: is a link to {str(target)!r}, outside the checkpoint's directory; copy the "
             "file there"
@@ -143,14 +200,39 @@ def check_config(file: str, content: Mapping[str, Any]) -> None:
         faults.append(
             f"hidden_act: expected an activation's name, as 'silu', got {shown(activation)}"
         )
-    dtype = content.get("dtype", content.get("torch_dtype"))
-    if dtype is not None and not _is_dtype(dtype):
-        faults.append(f"dtype: expected a floating dtype, as 'bfloat16', got {shown(dtype)}")
-    quantization = content.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        faults.append(f"quantization_config: expected an object, got {shown(quantization)}")
+    for name in ("dtype", "torch_dtype"):
+        if content.get(name) is not None and not _is_dtype(content[name]):
+            faults.append(
+                f"{name}: expected a floating dtype, as 'bfloat16', got {shown(content[name])}"
+            )
+    faults += _faults_of_labels(content) + _faults_of_quantization(content)
+    if content.get("auto_map") is not None:
+        faults.append(f"auto_map: {NO_CODE}, got {shown(content['auto_map'])}")
     if faults:
         raise ValueError(f"{file}: " + "; ".join(faults))
+
+
+def _faults_of_labels(content: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for name in ("num_labels", "id2label", "label2id"):
+        value = content.get(name, 0)
+        count = len(value) if isinstance(value, dict) else value
+        if value is not None and not (_is_integer(count) and 0 <= count <= _MAX_LABELS):
+            faults.append(f"{name}: expected at most {_MAX_LABELS} labels, got {shown(value)}")
+    return faults
+
+
+def _faults_of_quantization(content: Mapping[str, Any]) -> list[str]:
+    quantization = content.get("quantization_config")
+    if quantization is None:
+        return []
+    if not isinstance(quantization, dict):
+        return [f"quantization_config: expected an object, got {shown(quantization)}"]
+    method = quantization.get("quant_method")
+    known = sorted({*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"} - {"gguf"})
+    if method not in known:
+        return [f"quantization_config.quant_method: expected one of {known}, got {shown(method)}"]
+    return []
 
 
 def _is_integer(value: Any) -> bool:
@@ -158,8 +240,8 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    name = str(value).removeprefix("torch.")
+    return name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _faults_of_heads(content: Mapping[str, Any]) -> list[str]:
@@ -196,21 +278,16 @@ def _faults_of_numbers(content: Mapping[str, Any]) -> list[str]:
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         return [f"rope_parameters: expected an object, got {shown(rope)}"]
+    share = "partial_rotary_factor"
+    values = [(name, content.get(name)) for name in ("rms_norm_eps", "rope_theta", share)]
+    values += [(f"rope_parameters.{name}", rope.get(name)) for name in (*_ROPE_NUMBERS, share)]
+    values.append(("attention_dropout", content.get("attention_dropout")))
     faults = []
-    # name, value, may it be zero, what it must be below
-    for name, value, zero, below in (
-        ("rms_norm_eps", content.get("rms_norm_eps"), True, math.inf),
-        ("attention_dropout", content.get("attention_dropout"), True, 1),
-        ("rope_theta", content.get("rope_theta"), False, math.inf),
-        ("rope_parameters.rope_theta", rope.get("rope_theta"), False, math.inf),
-    ):
-        if value is None:
-            continue
+    for name, value in values:
+        expected, holds = _RANGES.get(name.rpartition(".")[2], _POSITIVE)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (0 <= value if zero else 0 < value) or not value < below:
-            least = "of at least 0" if zero else "above 0"
-            limit = "" if below == math.inf else f" and below {below}"
-            faults.append(f"{name}: expected a finite number {least}{limit}, got {shown(value)}")
+        if value is not None and not (number and holds(value)):
+            faults.append(f"{name}: expected a finite number {expected}, got {shown(value)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in (known := ["default", *ROPE_INIT_FUNCTIONS]):
         faults.append(f"rope_parameters.rope_type: expected one of {known}, got {shown(kind)}")

@@ -24,9 +24,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from lora_kernels.adapter_files import read_adapter_outline
+from lora_kernels.field_checks import shown
 from lora_llama.checkpoint_files import (
     HUB_OPTIONS,
+    MAX_TEXT_BYTES,
+    NO_CODE,
     check_config,
+    check_directory,
     check_shapes,
     find_file,
     find_weights,
@@ -45,8 +49,6 @@ TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
-# A vocabulary of a quarter of a million tokens takes 32 MiB.
-_MAX_TOKENIZER_BYTES = 1 << 26
 
 
 def is_adapter_directory(path: str) -> bool:
@@ -100,7 +102,10 @@ def read_llama_config(
             f"{path}: expected a model or an adapter, got both; move the adapter to a directory of "
             "its own"
         )
+    if kwargs.get("trust_remote_code"):
+        raise ValueError(f"trust_remote_code: {NO_CODE}, got {kwargs['trust_remote_code']!r}")
     options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    check_directory(path, options.get("subfolder") or "")
     source = _find_config(path, gguf_file, options)
     content = read_json_object(source) if gguf_file is None else _read_gguf(source)
     if content.get("model_type") != "llama":
@@ -121,12 +126,30 @@ def read_llama_config(
         if files and not _shapes_differ(content, kwargs):
             tied = (content | replaced).get("tie_word_embeddings", False)
             check_shapes(path, actual, expected, tied)
+        elif files and content.get("quantization_config"):
+            _check_quantised(source, content["quantization_config"], actual, expected)
     return content
+
+
+def _check_quantised(
+    source: str,
+    quantization: Mapping[str, Any],
+    actual: Mapping[str, list[int]],
+    expected: Mapping[str, list[int]],
+) -> None:
+    """Refuses plain weights that a configuration says are quantised: no scale is beside them."""
+    if all(name in expected and expected[name] == shape for name, shape in actual.items()):
+        raise ValueError(
+            f"{source}: quantization_config: expected weights quantised by "
+            f"{quantization['quant_method']!r}, got those of a plain Llama alone"
+        )
 
 
 def _find_config(path: str, gguf_file: str | None, options: Mapping[str, Any]) -> str:
     """The file that holds a checkpoint's configuration: config.json, or the GGUF file itself."""
     name = CONFIG_NAME if gguf_file is None else gguf_file
+    if not name:
+        raise ValueError("gguf_file: expected the name of a file, got ''")
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ImportError("GGUF needs the gguf package: pip install 'lora-kernels[demo]'")
     if os.path.isdir(path):
@@ -240,15 +263,31 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         else:
             path = base_model_of(path)
     if os.path.isdir(path):
-        for name in TOKENIZER_FILES:
-            # transformers follows every link; this refuses those that lead elsewhere.
-            find_file(path, name, {})
+        check_directory(path)
+        _check_no_code(path)
+        if gguf_file is not None:
+            find_file(path, gguf_file, {})
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        return AutoTokenizer.from_pretrained(path, **extra)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra)
     except Exception as error:
         # Readers of many formats, each of which raises what it stumbles over.
         raise _tokenizer_fault(path, gguf_file, error) from error
+
+
+def _check_no_code(path: str) -> None:
+    """Refuses a local tokenizer that wants code of its own, or files that it names, to be read."""
+    for name in ("tokenizer_config.json", CONFIG_NAME):
+        file = find_file(path, name, {})
+        content = {} if file is None else read_json_object(file, MAX_TEXT_BYTES)
+        if content.get("auto_map") is not None:
+            raise ValueError(f"{file}: auto_map: {NO_CODE}, got {shown(content['auto_map'])}")
+        for field in ("fast_tokenizer_files", "gguf_file"):
+            if content.get(field) is not None:
+                raise ValueError(
+                    f"{file}: {field}: expected no other file to be named than tokenizer.json, got "
+                    f"{shown(content[field])}"
+                )
 
 
 def _tokenizer_fault(path: str, gguf_file: str | None, error: Exception) -> Exception:
@@ -260,7 +299,7 @@ def _tokenizer_fault(path: str, gguf_file: str | None, error: Exception) -> Exce
     for name, file in files.items():
         try:
             if file is not None and name.endswith(".json"):
-                read_json_object(file, _MAX_TOKENIZER_BYTES, _MAX_TOKENIZER_BYTES)
+                read_json_object(file, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
             elif file is not None:
                 Path(file).read_text(encoding="utf-8")
         except UnicodeDecodeError as fault:

@@ -296,9 +296,12 @@ class LoraLlamaForCausalLM(LlamaForCausalLM):
         if gguf_file is not None:
             model = loading.from_gguf(cls, path, gguf_file, LlamaConfig(**content), **kwargs)
         else:
-            model, info = super().from_pretrained(
-                path, *args, use_safetensors=True, output_loading_info=True, **kwargs
-            )
+            try:
+                model, info = super().from_pretrained(
+                    path, *args, use_safetensors=True, output_loading_info=True, **kwargs
+                )
+            except ImportError as error:
+                raise ImportError(f"{path}: cannot be loaded: {loading.one_line(error)}") from error
             loading.check_complete(path, info)
         for name, adapter in adapters.items():
             for part in (

@@ -349,6 +349,36 @@ LLAMAS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "__import__('os')"}, "hidden_act: expected"),
     ({"dtype": "PICKLE"}, "dtype: expected"),
     ({"dtype": "save"}, "dtype: expected"),
+    ({"dtype": "float8_e4m3fn"}, "dtype: expected a floating dtype"),
+    ({"torch_dtype": "float8_e5m2", "dtype": None}, "dtype: expected a floating dtype"),
+    ({"auto_map": {"AutoConfig": "evil/x--c.C"}}, "auto_map: expected no code"),
+    ({"auto_map": []}, "auto_map: expected no code"),
+    ({"num_labels": 200_000}, "num_labels: expected at most 10000 labels"),
+    ({"num_labels": -1}, "num_labels: expected at most"),
+    ({"num_labels": "9"}, "num_labels: expected at most"),
+    ({"id2label": {str(i): "x" for i in range(200_000)}}, "id2label: expected at most"),
+    ({"label2id": {str(i): i for i in range(200_000)}}, "label2id: expected at most"),
+    ({"partial_rotary_factor": 1e7}, "partial_rotary_factor: expected .* at most 1"),
+    *(
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, **rope}}, m)
+        for rope, m in (
+            ({"partial_rotary_factor": 1e7}, "partial_rotary_factor: expected .* at most 1"),
+            ({"partial_rotary_factor": -1}, "partial_rotary_factor: expected"),
+            ({"partial_rotary_factor": "x"}, "partial_rotary_factor: expected"),
+            ({"factor": 0}, "rope_parameters.factor: expected a finite number above 0"),
+            ({"factor": "x"}, "rope_parameters.factor: expected a finite number above 0"),
+            ({"original_max_position_embeddings": 0}, "original_max_position_embeddings: expected"),
+        )
+    ),
+    *(
+        ({"quantization_config": {"quant_method": method}}, "quant_method: expected one of")
+        for method in ("nosuch", ["x"], {"x": 1}, None, 3, "gguf")
+    ),
+    ({"quantization_config": {}}, "quant_method: expected one of"),
+    *(
+        ({"quantization_config": {"quant_method": method}}, f"quantised by '{method}', got those")
+        for method in ("mxfp4", "fp8", "bitsandbytes", "hqq", "torchao")
+    ),
 ]
 
 

@@ -335,6 +335,9 @@ def test_quantised_layers_cannot_have_an_adapter(checkpoint: Path):
     (checkpoint / "config.json").write_text(
         json.dumps({**content, "quantization_config": quantised})
     )
+    tensors = load_file(checkpoint / "model.safetensors")
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    save_file(tensors | scale, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="expected plain weights"):
         LoraLlama.from_pretrained(checkpoint, lora=adapter())
 
@@ -634,7 +637,7 @@ def test_gguf_that_cannot_be_read_is_named(change, base, tmp_path: Path):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["missing.gguf", "", ".", "sub/missing.gguf"])
+@pytest.mark.parametrize("name", ["missing.gguf", ".", "sub/missing.gguf"])
 def test_gguf_that_is_missing_is_named(name: str, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such file") as caught:
         LoraLlama.from_pretrained(tmp_path, gguf_file=name)
@@ -798,11 +801,11 @@ def test_an_adapter_over_gguf_uses_the_tokenizer_of_the_gguf_in_its_bases_direct
         lambda *args, **kwargs: calls.append((args, kwargs)),
     )
     loading.load_tokenizer(str(out), "tiny.gguf")
-    assert calls == [((str(tmp_path),), {"gguf_file": "tiny.gguf"})]
+    assert calls == [((str(tmp_path),), {"trust_remote_code": False, "gguf_file": "tiny.gguf"})]
     # Its own goes first here too.
-    (out / "tokenizer_config.json").touch()
+    (out / "tokenizer_config.json").write_text("{}")
     loading.load_tokenizer(str(out), "tiny.gguf")
-    assert calls[1:] == [((str(out),), {})]
+    assert calls[1:] == [((str(out),), {"trust_remote_code": False})]
     loading.load_tokenizer(str(tmp_path), "tiny.gguf")
     assert calls[2:] == calls[:1]
 
