@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import set_seed
@@ -35,9 +35,22 @@ from lora_llama.loading import (
     load_tokenizer,
 )
 from lora_llama.model import LoraLlamaForCausalLM
-from lora_llama.options import DtypeName, FinetuneOptions, default_device, resolve_dtype
+from lora_llama.options import (
+    MAX_RANK,
+    DtypeName,
+    FinetuneOptions,
+    check_range,
+    check_seed,
+    default_device,
+    resolve_dtype,
+)
 from lora_llama.training import finetune
 from lora_llama.verification import verify_model
+
+# The logits of a model, divided by a temperature within these, are finite and differ.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+# Of a sequence to verify on: longer than any Llama's.
+MAX_TOKENS = 2**20
 
 
 def generate(
@@ -61,12 +74,21 @@ def generate(
         gguf_file: GGUF file inside the model directory.
         dtype: dtype of the base weights.
         max_new_tokens: most tokens to generate.
-        temperature: 0 always takes the likeliest token.
+        temperature: 0 always takes the likeliest token; else from 0.001 to 1000.
         seed: of the sampling.
     """
-    _check_at_least(1, max_new_tokens=max_new_tokens)
-    _check_at_least(0, temperature=temperature)
-    _check_seed(seed)
+    if not prompt.strip():
+        raise ValueError(f"prompt: expected text, got {prompt!r}")
+    check_range("max_new_tokens", max_new_tokens, 1)
+    check_range("temperature", temperature, 0, MAX_TEMPERATURE)
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(
+            f"temperature: expected 0, or at least {MIN_TEMPERATURE}, got {temperature}"
+        )
+    check_seed(seed)
+    _check_names(model=model, gguf_file=gguf_file)
+    if adapter is not None:
+        _check_named(adapter)
     llama = _load(model, adapter, gguf_file, dtype)
     tokenizer = load_tokenizer(model, gguf_file)
     request: str | list[dict[str, str]] = prompt
@@ -99,6 +121,7 @@ def merge(
     for directory in (output_dir, parent):
         check_writable("output_dir", directory)
     _check_named(adapter)
+    _check_names(model=model, gguf_file=gguf_file)
     base = base_model_of(adapter) if model is None else model
     llama = _load(base, adapter, gguf_file, dtype, keep_dtype=True)
     tokenizer = load_tokenizer(base, gguf_file)
@@ -137,9 +160,10 @@ def verify(
         tokens: length of the random sequence that is trained on.
         seed: of the adapter and the sequence.
     """
-    _check_seed(seed)
-    _check_at_least(1, lora_r=lora_r)
-    _check_at_least(2, tokens=tokens)
+    check_seed(seed)
+    check_range("lora_r", lora_r, 1, MAX_RANK)
+    check_range("tokens", tokens, 2, MAX_TOKENS)
+    _check_names(model=model, gguf_file=gguf_file)
     path = str(bundled_model()) if model is None else model
     verify_model(_load(path, None, gguf_file, dtype), lora_r, tokens, seed)
 
@@ -152,28 +176,30 @@ def demo(output_dir: str = "outputs/demo", max_steps: int | None = None) -> None
         max_steps: optimizer steps, instead of the demo's 50.
     """
     if max_steps is not None:
-        _check_at_least(1, max_steps=max_steps)
-    if output_dir:
-        check_writable("output_dir", output_dir)
+        check_range("max_steps", max_steps, 1)
+    if not output_dir:
+        raise ValueError("output_dir: expected a directory, got ''")
+    check_writable("output_dir", output_dir)
     run_demo(output_dir, max_steps)
 
 
-def _check_at_least(least: int, **options: float) -> None:
+def _check_names(**options: str | None) -> None:
     for name, value in options.items():
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def _check_seed(seed: int) -> None:
-    # The generators of numpy, which transformers seeds as well, take no more.
-    _check_at_least(0, seed=seed)
-    if seed >= 2**32:
-        raise ValueError(f"seed: expected less than 2**32, got {seed}")
+        if value == "":
+            raise ValueError(f"{name}: expected a name, got ''")
 
 
 def _check_named(adapter: str) -> None:
     if not adapter:
         raise ValueError("adapter: expected a directory, got ''")
+
+
+def _check_not_null(command: Callable[..., None], options: dict[str, Any]) -> None:
+    """Refuses a config file's null where an option has to be something; the parser lets it pass."""
+    kinds = get_type_hints(command)
+    for name, value in options.items():
+        if value is None and name in kinds and type(None) not in get_args(kinds[name]):
+            raise ValueError(f"{name}: expected a value, got null")
 
 
 def _finetune(**options: Any) -> None:
@@ -250,7 +276,6 @@ def _load(
             raise ValueError(
                 f"model: expected the base model of {adapter}, got an adapter: {model}"
             )
-        _check_named(adapter)
         # What is wrong with it is known before the base model has been read.
         read_adapter_outline(adapter)
     transformers_logging.disable_progress_bar()
@@ -352,6 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
             "finetune": _finetune, "generate": generate, "verify": verify, "merge": merge,
             "estimate": estimate, "demo": demo,
         }  # fmt: skip
+        _check_not_null(commands[name], options)
         commands[name](**options)
     except argparse.ArgumentError as error:
         return _fail(f"{' '.join(str(error).split())} (--help lists commands and options)", 2)
@@ -362,12 +388,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        advice = "choose a smaller model, or dtype bfloat16"
-        if name == "finetune":
-            advice = (
-                "lower per_device_train_batch_size or max_length, or set gradient_checkpointing "
-                "true"
-            )
+        advice = {
+            "finetune": "lower per_device_train_batch_size, max_length or lora_r, or set "
+            "gradient_checkpointing true",
+            "verify": "lower lora_r or tokens, or choose a smaller model",
+        }.get(str(name), "choose a smaller model, or dtype bfloat16")
         kind = "GPU memory" if "CU" in str(error) else "memory"
         return _fail(f"out of {kind}: {str(error).partition(chr(10))[0]}\n{advice}")
     except TrainingInterrupted as error:

@@ -30,7 +30,7 @@ import torch
 from transformers import LlamaConfig
 
 from lora_kernels.linear_cross_entropy.op import chunk_rows
-from lora_llama.options import ALL_PROJECTIONS, DTYPES
+from lora_llama.options import ALL_PROJECTIONS, DTYPES, MAX_RANK, check_range, names_of
 
 Sharding = Literal["fsdp", "ddp"]
 BaseDtype = Literal["bfloat16", "float16", "float32"]
@@ -124,15 +124,13 @@ def estimate_memory(
         device_type: "cuda", or "cpu" for a step on a CPU, which has no runtime of CUDA's.
 
     Raises:
-        ValueError: a number is below 1, a projection or the sharding is unknown.
+        ValueError: a number is out of range, a projection or the sharding is unknown.
     """
     sizes = projection_sizes(config)
     targets = list(target_modules)
-    for name, number in (
-        ("seq_len", seq_len), ("batch_size", batch_size), ("gpus", gpus), ("lora_r", lora_r)
-    ):  # fmt: skip
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+    for name, number in (("seq_len", seq_len), ("batch_size", batch_size), ("gpus", gpus)):
+        check_range(name, number, 1)
+    check_range("lora_r", lora_r, 1, MAX_RANK)
     unknown = [name for name in targets if name not in sizes]
     if unknown or not targets:
         raise ValueError(
@@ -257,8 +255,8 @@ def estimate(
     targets = lora_target_modules
     if targets == "all-linear":
         targets = list(ALL_PROJECTIONS)
-    elif isinstance(targets, str):
-        targets = [name.strip() for name in targets.split(",")]
+    else:
+        targets = names_of("lora_target_modules", targets)
     config = PRESETS.get(model)
     if config is None:
         # What the file leaves out has a default.

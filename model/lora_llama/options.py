@@ -3,6 +3,7 @@
 `lora-llama finetune --help` shows the docstring of `FinetuneOptions`, one entry for each option.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -23,6 +24,11 @@ Schedule = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
     "inverse_sqrt",
 ]  # fmt: skip
+# Larger than every projection's smaller side, beyond which a rank adds nothing.
+MAX_RANK = 2**16
+# Of any other whole number: what torch and transformers count with.
+MAX_INT = 2**31 - 1
+WARMUP_STEPS = 10
 
 
 @dataclass
@@ -54,7 +60,8 @@ class FinetuneOptions:
         use_dora: train the norms of the updated weight's rows as well (DoRA).
         learning_rate: peak learning rate of AdamW.
         lr_scheduler_type: how the learning rate goes on after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
+        warmup_steps: optimizer steps of linear warm-up; by default 10, or half of max_steps if that
+            is less.
         weight_decay: AdamW's weight decay.
         max_grad_norm: gradients are clipped to this norm.
         num_train_epochs: passes over the data, unless max_steps is given.
@@ -95,7 +102,7 @@ class FinetuneOptions:
     use_dora: bool = False
     learning_rate: float = 2e-4
     lr_scheduler_type: Schedule = "cosine"
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     num_train_epochs: float = 1.0
@@ -115,36 +122,34 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least = {
-            "max_length": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-            "logging_steps": 1, "eval_steps": 0,
-            "eval_samples": 0, "save_steps": 0, "warmup_steps": 0, "lora_r": 1, "seed": 0,
-        }  # fmt: skip
         for name in ("model", "data", "gguf_file", "resume_from_checkpoint"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: expected a name, got ''")
+        at_least = {
+            "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 0,
+            "eval_samples": 0, "save_steps": 0, "warmup_steps": 0, "save_total_limit": 1,
+        }  # fmt: skip
         for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), least)
+        check_range("lora_r", self.lora_r, 1, MAX_RANK)
+        check_seed(self.seed)
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        # Beyond these a float32 is zero or infinite before anything is learned.
+        for name, least, most in (
+            ("lora_alpha", 1e-6, 1e6), ("max_grad_norm", 1e-6, math.inf),
+            ("learning_rate", 1e-12, math.inf), ("num_train_epochs", 0, 1e6),
+        ):  # fmt: skip
+            check_range(name, getattr(self, name), least, most)
         for name in ("val_set_size", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
-        for name in ("save_total_limit", "per_device_eval_batch_size"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
-        if self.eval_samples and not self.val_set_size:
-            raise ValueError(
-                f"eval_samples: expected 0 without held-out rows (val_set_size), "
-                f"got {self.eval_samples}"
-            )
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
+        check_range("max_steps", self.max_steps, -1)
         for name, choices in (("dtype", TrainingDtypeName), ("lr_scheduler_type", Schedule)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(
@@ -154,6 +159,39 @@ class FinetuneOptions:
             os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir)
         ):
             raise ValueError(f"output_dir: expected a directory, got {self.output_dir!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises ValueError for an option that another one leaves without a meaning."""
+        for name in ("eval_samples", "eval_steps"):
+            if getattr(self, name) and not self.val_set_size:
+                raise ValueError(
+                    f"{name}: expected 0 without held-out rows (val_set_size), "
+                    f"got {getattr(self, name)}"
+                )
+        if self.save_total_limit is not None and not self.save_steps:
+            raise ValueError(
+                "save_total_limit: expected save_steps with it, which saves checkpoints, "
+                f"got {self.save_total_limit} and save_steps {self.save_steps}"
+            )
+        if self.warmup_steps:
+            if 0 < self.max_steps <= self.warmup_steps:
+                raise ValueError(
+                    f"warmup_steps: expected fewer than max_steps ({self.max_steps}), "
+                    f"got {self.warmup_steps}"
+                )
+            if self.lr_scheduler_type == "constant":
+                raise ValueError(
+                    "warmup_steps: expected 0 with lr_scheduler_type constant, which has no "
+                    f"warm-up (constant_with_warmup has), got {self.warmup_steps}"
+                )
+        saved = names_of("lora_modules_to_save", self.lora_modules_to_save or [])
+        both = set(names_of("lora_target_modules", self.lora_target_modules)) & set(saved)
+        if both:
+            raise ValueError(
+                "lora_modules_to_save: expected other names than lora_target_modules has, "
+                f"got {sorted(both)} in both"
+            )
 
     def lora_config(self) -> LoraConfig:
         """The adapter that these options describe."""
@@ -162,8 +200,10 @@ class FinetuneOptions:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=targets if targets == "all-linear" else _names(targets),
-            modules_to_save=None if saved is None else _names(saved),
+            target_modules=(
+                targets if targets == "all-linear" else names_of("lora_target_modules", targets)
+            ),
+            modules_to_save=None if saved is None else names_of("lora_modules_to_save", saved),
             lora_bias=self.lora_bias,
             init_lora_weights=self.init_lora_weights,
             use_rslora=self.use_rslora,
@@ -184,11 +224,15 @@ class FinetuneOptions:
                 f"({', '.join(installed) or 'here there is none'}), got {self.report_to}"
             )
         on_gpu = torch.cuda.is_available()
+        warmup_steps = self.warmup_steps
+        if warmup_steps is None:
+            limited = self.max_steps > 0
+            warmup_steps = min(WARMUP_STEPS, self.max_steps // 2) if limited else WARMUP_STEPS
         arguments = TrainingArguments(
             output_dir=self.output_dir,
             learning_rate=self.learning_rate,
             lr_scheduler_type=self.lr_scheduler_type,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=warmup_steps,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             num_train_epochs=self.num_train_epochs,
@@ -232,9 +276,32 @@ class FinetuneOptions:
         return {option: True, f"{option}_kwargs": {"use_reentrant": False}}
 
 
-def _names(listed: list[str] | str) -> list[str]:
-    """The names of a list, or of a text with commas between them."""
-    return [name.strip() for name in listed.split(",")] if isinstance(listed, str) else listed
+def names_of(option: str, listed: list[str] | str) -> list[str]:
+    """The names of a list, or of a text with commas between them.
+
+    Raises:
+        ValueError: a name is there twice; the message begins with the option.
+    """
+    names = [name.strip() for name in listed.split(",")] if isinstance(listed, str) else listed
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{option}: expected each name once, got {twice} more than once")
+    return names
+
+
+def check_range(name: str, value: float, least: float, most: float = MAX_INT) -> None:
+    """Raises ValueError for an option that is below or above what it may be."""
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if not value <= most:
+        raise ValueError(f"{name}: expected at most {most}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that numpy's generators, which are seeded too, do not take."""
+    check_range("seed", seed, 0, math.inf)
+    if seed >= 2**32:
+        raise ValueError(f"seed: expected less than 2**32, got {seed}")
 
 
 def default_device() -> torch.device:

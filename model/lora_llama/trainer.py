@@ -15,11 +15,16 @@ import torch
 from torch import nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_kernels.sharding import reshard
+from lora_kernels.sharding import is_sharded, reshard
 from lora_llama import training_state
 from lora_llama.checkpointing import CheckpointingTrainer
 from lora_llama.data import IGNORE_INDEX
-from lora_llama.divergence import DivergenceError, first_nonfinite, nonfinite_gradient
+from lora_llama.divergence import (
+    DivergenceError,
+    first_nonfinite,
+    gradient_fault,
+    nonfinite_parameter,
+)
 from lora_llama.gradients import GradientNorms, verify_gradients
 from lora_llama.interrupts import StopAfterStep, StopRequest
 from lora_llama.throughput import FlopCount, peak_flops, peak_memory_bytes
@@ -105,14 +110,13 @@ class LoraTrainer(CheckpointingTrainer):
         fault = self.loss_watch.fault(loss.item(), complete)
         if fault is not None:
             fault += self._origin(loss.item())
-        elif complete and self.first_gradients is None:
-            self.first_gradients = verify_gradients(self.model)
         # A gradient scaler takes care of its overflows itself.
-        if fault is None and getattr(self.accelerator, "scaler", None) is None:
-            name = nonfinite_gradient(self.model)
-            fault = f"the gradient of {name} has NaN or Inf" if name else None
+        elif getattr(self.accelerator, "scaler", None) is None:
+            fault = gradient_fault(self.model)
         self._stop_if(fault, 1, agrees=complete)
         if complete:
+            if self.first_gradients is None:
+                self.first_gradients = verify_gradients(self.model)
             self.moving_steps += self._get_learning_rate() > 0
         return loss
 
@@ -155,7 +159,8 @@ class LoraTrainer(CheckpointingTrainer):
             raise failure or OSError("the adapter could not be saved: another process says why")
 
     def _origin(self, loss: float) -> str:
-        if math.isfinite(loss):
+        # Of a sharded model all processes look together, in `_stop_if`.
+        if math.isfinite(loss) or is_sharded(self.model):
             return ""
         return f"; NaN or Inf begins in {first_nonfinite(self.model, self._forward)}"
 
@@ -172,13 +177,23 @@ class LoraTrainer(CheckpointingTrainer):
         fault, self._fault = self._fault, None
         if not self._any_process(fault is not None):
             return
+        fault = fault or "another process says where"
+        if is_sharded(self.model):
+            reshard(self.model)
+            name = nonfinite_parameter(self.model)
+            if name is not None:
+                fault += f"; NaN or Inf begins in the parameter {name}"
         saved = "no checkpoint was saved"
         if self.last_checkpoint is not None:
             saved = f"the last good checkpoint is {self.last_checkpoint}"
+        advice = f"lower learning_rate (now {self.args.learning_rate:g})"
+        if not self.state.global_step:
+            advice = (
+                "no optimizer step was made: it is not learning_rate, but the model or the data"
+            )
         raise DivergenceError(
             f"the training diverged at step {self.state.global_step + steps}: "
-            f"{fault or 'another process says where'}; {saved}; "
-            f"lower learning_rate (now {self.args.learning_rate:g})"
+            f"{fault}; {saved}; {advice}"
         )
 
     # The log, and evaluation.

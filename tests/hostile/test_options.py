@@ -4,6 +4,7 @@ The tables are compared with the dataclasses: a field without a case fails.
 """
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -61,26 +62,31 @@ FINETUNE: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "gguf_file": (NO_TEXT, ("",)),
     "dtype": ((1, None, True), ("", "float16", "float8", "int8")),
     "val_set_size": (NO_NUMBER, (*INFINITE, -1, -0.1)),
-    "max_length": (NO_INT, (1, 0, -5)),
+    "max_length": (NO_INT, (1, 0, -5, 10**25)),
     "packing": (NO_BOOL, ()),
     "train_on_inputs": (NO_BOOL, ()),
-    "lora_r": (NO_INT, (0, -1)),
-    "lora_alpha": (NO_NUMBER, (*INFINITE, 0, -1)),
+    "lora_r": (NO_INT, (0, -1, 2**16 + 1, 10**25)),
+    "lora_alpha": (NO_NUMBER, (*INFINITE, 0, -1, 1e300, 1e-300)),
     "lora_dropout": (NO_NUMBER, (*INFINITE, -0.1, 1, 2)),
-    "lora_target_modules": ((1, None, {"a": 1}, [1], [None]), ([], "", [""], "q_proj,,v_proj")),
-    "lora_modules_to_save": ((1, True, {"a": 1}, [1], [None]), ([""], "", "lm_head,")),
+    "lora_target_modules": ((1, None, {"a": 1}, [1], [None]), (
+        [], "", [""], "q_proj,,v_proj", ["q_proj", "q_proj"], "q_proj,v_proj, q_proj",
+    )),
+    "lora_modules_to_save": (
+        (1, True, {"a": 1}, [1], [None]), ([""], "", "lm_head,", ["lm_head"] * 2),
+    ),
     "lora_bias": (NO_BOOL, ()),
     "init_lora_weights": ((1, None, [True], {}), ("", "eva", "true", "pissa_niter_", "0")),
     "use_rslora": (NO_BOOL, ()),
     "use_dora": (NO_BOOL, ()),
-    "learning_rate": (NO_NUMBER, (*INFINITE, 0, -1e-4)),
+    "learning_rate": (NO_NUMBER, (*INFINITE, 0, -1e-4, 1e-320)),
     "lr_scheduler_type": ((1, None, True), ("", "cosin", "reduce_lr_on_plateau")),
-    "warmup_steps": (NO_INT, (-1,)),
+    # By default it depends on max_steps.
+    "warmup_steps": (tuple(value for value in NO_INT if value is not None), (-1, 2**31)),
     "weight_decay": (NO_NUMBER, (*INFINITE, -0.1)),
-    "max_grad_norm": (NO_NUMBER, (*INFINITE, 0, -1)),
-    "num_train_epochs": (NO_NUMBER, (*INFINITE, 0, -1)),
-    "max_steps": (NO_INT, (0, -2)),
-    "per_device_train_batch_size": (NO_INT, (0, -1)),
+    "max_grad_norm": (NO_NUMBER, (*INFINITE, 0, -1, 1e-320)),
+    "num_train_epochs": (NO_NUMBER, (*INFINITE, 0, -1, 1e300)),
+    "max_steps": (NO_INT, (0, -2, 2**31)),
+    "per_device_train_batch_size": (NO_INT, (0, -1, 2**31)),
     "per_device_eval_batch_size": (("8", 8.0, True, [8], {}), (0, -1)),
     "gradient_accumulation_steps": (NO_INT, (0, -1)),
     "gradient_checkpointing": (NO_BOOL, ()),
@@ -95,6 +101,17 @@ FINETUNE: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 }  # fmt: skip
 FINETUNE_TOGETHER: tuple[tuple[dict[str, Any], str], ...] = (
     ({"eval_samples": 3, "val_set_size": 0}, "eval_samples"),
+    ({"eval_steps": 1, "val_set_size": 0}, "eval_steps"),
+    ({"save_total_limit": 1}, "save_total_limit"),
+    ({"save_total_limit": 1, "save_steps": 0}, "save_total_limit"),
+    ({"warmup_steps": 100, "max_steps": 2}, "warmup_steps"),
+    ({"warmup_steps": 2, "max_steps": 2}, "warmup_steps"),
+    ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "warmup_steps"),
+    ({"lora_modules_to_save": "q_proj"}, "lora_modules_to_save"),
+    (
+        {"lora_modules_to_save": ["lm_head"], "lora_target_modules": "lm_head"},
+        "lora_modules_to_save",
+    ),
     ({"lora_bias": True, "use_dora": True}, "lora_bias"),
     ({"lora_bias": True, "init_lora_weights": "pissa"}, "init_lora_weights"),
 )
@@ -165,7 +182,21 @@ def complete(**changes: Any) -> None:
 
 def test_good_options_are_taken(tmp_path):
     complete(output_dir=str(tmp_path), lora_alpha=16, val_set_size=1, learning_rate=1)
+    complete(eval_steps=1, save_steps=1, save_total_limit=1, lora_r=2**16, max_grad_norm=1e300)
+    complete(max_steps=1, lr_scheduler_type="constant", lora_modules_to_save=["lm_head"])
+    complete(max_steps=3, warmup_steps=2, lora_target_modules="all-linear")
     LoraConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({}, 10), ({"max_steps": 20}, 10), ({"max_steps": 5}, 2), ({"max_steps": 1}, 0),
+     ({"max_steps": 30, "warmup_steps": 20}, 20), ({"warmup_steps": 0}, 0)],
+    ids=str,
+)  # fmt: skip
+def test_the_warm_up_is_shorter_than_the_training(changes, steps):
+    options = FinetuneOptions(model="m", data="d", **changes)
+    assert options.training_arguments(has_eval=False).warmup_steps == steps
 
 
 @pytest.mark.parametrize(("name", "value"), cases(FINETUNE))
@@ -229,9 +260,107 @@ def test_unknown_options_and_commands(capsys):
     assert "train" in error_of(["train", "--model", "m"], capsys)
 
 
-def test_options_of_every_command_are_checked(capsys, tmp_path):
-    for command in ("generate", "verify", "merge", "estimate", "demo"):
-        assert "no_such_option" in error_of([command, "--no_such_option", "1"], capsys)
+NO_CLI_INT: tuple[Any, ...] = ("eight", 1.5, None, [[8]], {"a": 1})
+NO_CLI_TEXT: tuple[Any, ...] = (["a"], {"a": 1})
+NO_NAME = ((*NO_CLI_TEXT, None), ("",))
+# Of a training these are None where they are not given.
+MAYBE_NAME = (NO_CLI_TEXT, ("",))
+NO_DTYPE: tuple[tuple[Any, ...], tuple[Any, ...]] = ((1, None, ["a"]), ("", "int8", "float8"))
+SEED = (NO_CLI_INT, (-1, 2**32))
+# command: its options that are required, and of each option what it may not be, as in a config file
+COMMANDS: dict[str, tuple[dict[str, Any], dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]]] = {
+    "generate": (
+        {"model": "m", "prompt": "p"},
+        {
+            "model": NO_NAME,
+            "prompt": ((*NO_CLI_TEXT, None), ("", " ", "\n")),
+            "adapter": MAYBE_NAME,
+            "system": (NO_CLI_TEXT, ()),
+            "gguf_file": MAYBE_NAME,
+            "dtype": NO_DTYPE,
+            "max_new_tokens": (NO_CLI_INT, (0, -1, 2**31, 10**25)),
+            "temperature": (("hot", None, [1.0], math.nan, math.inf), (-1, 1e-300, 1e-4, 1e300)),
+            "seed": SEED,
+        },
+    ),
+    "verify": (
+        {},
+        {
+            "model": MAYBE_NAME,
+            "gguf_file": MAYBE_NAME,
+            "dtype": NO_DTYPE,
+            "lora_r": (NO_CLI_INT, (0, -1, 2**16 + 1, 10**12)),
+            "tokens": (NO_CLI_INT, (1, -1, 10**12)),
+            "seed": SEED,
+        },
+    ),
+    "merge": (
+        {"adapter": "a", "output_dir": "nowhere/merged"},
+        {
+            "adapter": NO_NAME,
+            "output_dir": ((*NO_CLI_TEXT, None), ("", __file__)),
+            "model": MAYBE_NAME,
+            "gguf_file": MAYBE_NAME,
+            "dtype": NO_DTYPE,
+        },
+    ),
+    "estimate": (
+        {"model": "llama-8b"},
+        {
+            "model": NO_NAME,
+            "seq_len": (NO_CLI_INT, (0, [], [8, 0], 10**25)),
+            "gpus": (NO_CLI_INT, (0, [], [1, -1], 10**25)),
+            "lora_r": (NO_CLI_INT, (0, [], [8, -8], 10**25)),
+            "batch_size": (NO_CLI_INT, (0, -1, 10**25)),
+            "lora_target_modules": (
+                (1, None, {"a": 1}, [[1]]), ("", [], "qproj", ["q_proj"] * 2, "q_proj,q_proj"),
+            ),
+            "dtype": NO_DTYPE,
+            "sharding": ((1, None), ("", "fsdp1")),
+        },
+    ),
+    "demo": (
+        {},
+        {
+            "output_dir": ((*NO_CLI_TEXT, None), ("", __file__)),
+            "max_steps": (tuple(v for v in NO_CLI_INT if v is not None), (0, -1, 2**31)),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_every_command_have_their_cases(command, capsys):
+    assert COMMANDS[command][1].keys() == inspect.signature(getattr(cli, command)).parameters.keys()
+    assert "no_such_option" in error_of([command, "--no_such_option", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "value"),
+    [
+        pytest.param(command, *case.values, id=f"{command}-{case.id}")
+        for command, (_, table) in COMMANDS.items()
+        for case in cases(table)
+    ],
+)
+def test_options_of_every_command(
+    command, name, value, tmp_path, capsys, monkeypatch, record_property
+):
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was looked for")
+
+    # Nothing is read before all options are known to be good.
+    for place in ("_load", "bundled_model", "base_model_of", "run_demo"):
+        monkeypatch.setattr(cli, place, never)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "options.yaml"
+    file.write_text(yaml.safe_dump({**COMMANDS[command][0], name: value}))
+    message = error_of([command, "--config", str(file)], capsys)
+    assert re.search(rf"\b{name}\b", message), message
+    assert len(message) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
+    figure = {"row": 30, "name": "faulty options refused by name", "value": 1.0, "combine": "sum"}
+    record_property("figure", figure)
 
 
 def test_faulty_values_are_not_echoed_at_length():

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,13 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from lora_kernels.adapter_files import load_adapter
 from lora_llama import cli
+from lora_llama import trainer as trainer_module
 from lora_llama.divergence import (
     WINDOW,
     DivergenceError,
     LossWatch,
     first_nonfinite,
-    nonfinite_gradient,
+    gradient_fault,
 )
 from lora_llama.gradients import capture_lora_weights
 from lora_llama.model import LoraLlamaForCausalLM
@@ -104,6 +109,11 @@ def inf_gradient(model: nn.Module) -> None:
     model.get_submodule(PATH).lora_B["default"].register_hook(hook)
 
 
+def huge_gradient(model: nn.Module) -> None:
+    """Finite, but not its norm in float32, by which it would be divided."""
+    model.get_submodule(PATH).lora_B["default"].register_hook(lambda gradient: gradient * 1e30)
+
+
 FAULTS = {
     "a weight": (
         nan_weight,
@@ -115,13 +125,18 @@ FAULTS = {
     ),
     "an output": (nan_output, r"begins in the output of model.layers.1.self_attn.o_proj;"),
     "a gradient": (inf_gradient, rf"the gradient of {PATH}\.lora_B\.default has NaN or Inf;"),
+    "a norm": (
+        huge_gradient,
+        rf"norm of the gradients is \S+e\+\d\d, beyond torch.float32; that of {PATH}\.lora_B\.",
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("fault", "accumulation"),
-    [("a weight", 1), ("a base weight", 2), ("an output", 1), ("a gradient", 1), ("a gradient", 2)],
-)
+    [("a weight", 1), ("a base weight", 2), ("an output", 1), ("a gradient", 1), ("a gradient", 2),
+     ("a norm", 1), ("a norm", 2)],
+)  # fmt: skip
 def test_the_first_tensor_that_is_not_finite_is_named(fault, accumulation, options, trainer_of):
     inject, message = FAULTS[fault]
     settings = options(gradient_accumulation_steps=accumulation)
@@ -144,6 +159,45 @@ def test_the_first_tensor_that_is_not_finite_is_named(fault, accumulation, optio
     if fault == "a weight":
         _, result = finetune(latest)
         assert result.steps == 6
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nor_is_the_first_step_made(fault, options, trainer_of):
+    """The same message as later, but that the learning rate is not to blame."""
+    inject, message = FAULTS[fault]
+    trainer = trainer_of(options())
+    inject(trainer.model)
+    before = capture_lora_weights(trainer.model)
+    with pytest.raises(DivergenceError, match=message) as caught:
+        train_and_save(trainer)
+    assert str(caught.value).startswith("the training diverged at step 1: ")
+    assert "; no checkpoint was saved; no optimizer step was made: " in str(caught.value)
+    after = capture_lora_weights(trainer.model)
+    assert all(torch.equal(after[name].nan_to_num(), w.nan_to_num()) for name, w in before.items())
+
+
+def test_a_sharded_model_is_searched_by_all_processes_together(options, trainer_of, monkeypatch):
+    """Its parameters alone, once all agree to stop: running it would wait for the others."""
+    trainer = trainer_of(options(gradient_accumulation_steps=2))
+    monkeypatch.setattr(trainer_module, "is_sharded", lambda model: True)
+    monkeypatch.setattr(trainer_module, "first_nonfinite", lambda *_: pytest.fail("it was run"))
+    AtBatch(trainer.model, 3, lambda: nan_weight(trainer.model))
+    said = rf"at step 2: the loss is nan; NaN or Inf begins in the parameter {PATH}\.lora_A\."
+    with pytest.raises(DivergenceError, match=said):
+        train_and_save(trainer)
+
+
+def test_the_first_step_after_a_checkpoint_names_it(options, trainer_of):
+    settings = options(max_steps=2)
+    finetune(settings)
+    trainer = trainer_of(options(max_steps=4))
+    inf_gradient(trainer.model)
+    good = str(Path(settings.output_dir) / "checkpoint-2")
+    said = (
+        rf"at step 3: the gradient of .* has NaN or Inf; the last good checkpoint is {good}; lower"
+    )
+    with pytest.raises(DivergenceError, match=said):
+        trainer.train(good)
 
 
 def test_without_a_checkpoint_it_says_so(options, trainer_of):
@@ -256,19 +310,109 @@ def test_the_loss_is_watched_over_steps():
     assert LossWatch(100).fault(limit - 0.1, True) is None
 
 
+def judged(losses: list[float], vocab_size: int) -> list[int]:
+    """The steps with a fault, of a training that goes on all the same."""
+    watch = LossWatch(vocab_size)
+    return [i for i, loss in enumerate(losses) if watch.fault(loss, True) is not None]
+
+
+def test_a_model_that_unlearns_is_stopped():
+    watch = LossWatch(vocab_size=261)
+    assert [watch.fault(loss, True) for loss in (5.26, 4.36)] == [None, None]
+    said = "the loss is 8.35, and the mean over 2 steps 6.355, above 5.565, that of guessing, after"
+    assert str(watch.judge(8.35)).startswith(f"{said} 4.81")
+    # A pretrained model of 32,000 tokens that gives every token the same probability; and one that
+    # is as bad for a while: eight steps are not chance.
+    guessing = math.log(32_000)
+    assert judged([2.0] * 100 + [guessing + 0.01] * 30, 32_000) == list(range(107, 130))
+    assert judged([2.0] * 100 + [guessing + 1] * 7 + [2.0] * 20, 32_000) == []
+    # The lowest mean is among the last steps, in any place.
+    for learned in (8, 20, 55):
+        found = judged([guessing - 0.1] * 10 + [8.0] * learned + [guessing + 1] * 20, 32_000)
+        assert found and found[0] <= 10 + learned + 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ordinary_noise_is_no_divergence(seed):
+    draw = random.Random(seed).gauss
+    fresh = math.log(261)
+    # A new model: around guessing, or above it; learning or not; a few tokens to a step.
+    for start in (fresh, fresh + 1, fresh - 0.3):
+        assert judged([draw(start, 0.4) for _ in range(300)], 261) == []
+        falling = [draw(2 + (start - 2) * 0.97**step, 0.4) for step in range(300)]
+        assert judged(falling, 261) == []
+    # A pretrained one, with the noise of a single token in each step.
+    assert judged([max(0.0, draw(2.5, 3.0)) for _ in range(300)], 32_000) == []
+    assert judged([10.0] + [2.0] * 50 + [10.3, 12.0, 10.4] + [2.0] * 9, 32_000) == []
+
+
+def test_a_training_that_unlearns_is_stopped(options, trainer_of):
+    trainer = trainer_of(options(max_steps=12))
+
+    def confuse() -> None:
+        with torch.no_grad():
+            trainer.model.model.norm.weight.mul_(6)
+
+    at = AtBatch(trainer.model, 7, confuse)
+    with pytest.raises(DivergenceError, match=r"that of guessing, after \d.*; the last good ") as e:
+        train_and_save(trainer)
+    assert at.weights and "twice" not in str(e.value)
+    assert 6 <= trainer.state.global_step < 11
+
+
 def test_the_gradient_where_it_began_is_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
-    assert nonfinite_gradient(model) is None
+    assert gradient_fault(model) is None
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    assert nonfinite_gradient(model) is None
-    # A norm beyond float32 is no fault of a gradient.
+    assert gradient_fault(model) is None
+    # Four of them: 2e30.
     model[2].weight.grad.fill_(1e30)
-    assert nonfinite_gradient(model) is None
+    assert gradient_fault(model) == (
+        "the norm of the gradients is 2.0e+30, beyond torch.float32; "
+        "that of 2.weight is the largest"
+    )
     for name in ("0.weight", "1.bias"):
         model.get_parameter(name).grad[0] = math.nan
-        assert nonfinite_gradient(model) == name
+        assert gradient_fault(model) == f"the gradient of {name} has NaN or Inf"
     assert all(not p.grad.isnan().all() for p in model.parameters())
+
+
+# Two processes, of which each has half of every parameter.
+SHARDED = """
+import math, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from lora_llama.divergence import nonfinite_parameter
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", world_size=2,
+                        rank=int(sys.argv[2]))
+model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+for layer in model:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+found = [nonfinite_parameter(model)]
+for rank, name in ((0, "2.weight"), (1, "1.bias")):
+    if dist.get_rank() == rank:
+        model.get_parameter(name).to_local().data.view(-1)[-1] = math.inf
+    found.append(nonfinite_parameter(model))
+print(*found)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.long
+def test_a_parameter_of_a_sharded_model_is_named_in_every_process(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED, str(tmp_path / "meeting"), str(rank)],
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert printed == ["None 2.weight 1.bias\n"] * 2
 
 
 def test_a_loss_that_alone_is_not_finite():

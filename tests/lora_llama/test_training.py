@@ -65,6 +65,8 @@ def options(tiny_llama: Path, sums: Rows, tmp_path: Path, write_rows) -> Callabl
             "warmup_steps": 2,
             "max_steps": 10,
         }
+        if 0 < changes.get("max_steps", 10) <= 2:
+            del settings["warmup_steps"]
         return FinetuneOptions(**settings | changes)
 
     return make
@@ -258,7 +260,6 @@ FAULTS = {
     "cut": (cut_the_adapter, ("lora_A", "lora_B"), "no gradient"),
     "zero A": (fault_in("lora_A", torch.zeros_like), ("lora_A",), "is zero"),
     "zero B": (fault_in("lora_B", torch.zeros_like), ("lora_B",), "is zero"),
-    "NaN": (fault_in("lora_A", lambda gradient: gradient / 0), ("lora_A",), "NaN or Inf"),
     "frozen": (freeze, ("lora_B",), "requires_grad is False"),
 }
 
@@ -322,7 +323,10 @@ def test_a_weight_that_does_not_move_is_an_error_after_saving(kind, options, sum
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_few_steps_are_no_error(steps, warmup, options):
     """A warm-up begins with a learning rate of zero, and A has no gradient while B is zero."""
-    _, result = finetune(options(max_steps=steps, warmup_steps=warmup))
+    settings = options(max_steps=steps)
+    # As where epochs have fewer steps than the warm-up, which nobody knows beforehand.
+    settings.warmup_steps = warmup
+    _, result = finetune(settings)
     assert result.steps == steps
 
 
@@ -890,7 +894,8 @@ def test_a_row_that_the_template_refuses_is_named_by_its_line(options, tiny_llam
 
 @pytest.mark.parametrize("schedule", option_module.get_args(option_module.Schedule))
 def test_every_schedule_trains(schedule, options):
-    _, result = finetune(options(lr_scheduler_type=schedule, max_steps=4, warmup_steps=1))
+    warmup = 0 if schedule == "constant" else 1
+    _, result = finetune(options(lr_scheduler_type=schedule, max_steps=4, warmup_steps=warmup))
     assert result.steps == 4
 
 
@@ -906,6 +911,7 @@ def test_options_become_the_adapter_and_the_arguments(options):
     settings = options(
         lora_target_modules=["q_proj"], use_rslora=True, weight_decay=0.1, max_grad_norm=0.5,
         lora_dropout=0.3, save_steps=7, eval_steps=3, num_train_epochs=2, max_steps=-1, seed=5,
+        val_set_size=4,
     )  # fmt: skip
     assert settings.lora_config() == LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.3, target_modules=["q_proj"], use_rslora=True,
