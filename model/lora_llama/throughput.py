@@ -8,7 +8,10 @@
 The FLOPs are LoRA's own, per token: 2 N_base for the forward pass and 2 N_base for the gradient of
 its inputs, but none for a gradient of the base weights, which nobody computes; and 6 N_adapter for
 the trained weights. A full fine-tuning counts 6 N_base, so that the two are not to be compared.
-N_base are the weights of the linear layers, the head's among them. Attention is causal: a sequence
+N_base are the weights of the frozen linear layers, the head's among them; N_adapter those of A, B
+and the trained copies of linear layers (`modules_to_save`), each of which takes the place of a
+frozen one. An embedding is looked up, and norms, biases and magnitudes are no products of
+matrices: they count nothing. Attention is causal: a sequence
 of T tokens takes 2 T² H D forward and 4 T² H D backward in each layer of H heads of D elements,
 each half of what it would be without the mask. What gradient checkpointing computes again is not
 counted.
@@ -20,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lora_kernels.layers import lora_layers
+from lora_kernels.saved_modules import saved_modules
 
 # Peak of dense bfloat16 products with float32 sums, in FLOP/s, from NVIDIA's data sheets; the first
 # that is part of the device's name counts.
@@ -74,8 +80,8 @@ class FlopCount:
     """What a training step costs.
 
     Attributes:
-        base: N_base, the weights of the linear layers.
-        adapter: N_adapter, the trained weights.
+        base: N_base, the weights of the frozen linear layers that compute.
+        adapter: N_adapter, the trained matrices.
         attention: layers * H * D.
     """
 
@@ -88,11 +94,27 @@ class FlopCount:
         config: Any = model.config
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+        # Of a module and its trained copies one computes.
+        idle = {
+            id(part)
+            for _, module in saved_modules(model)
+            for copy in (module.original_module, *module.modules_to_save.values())
+            if copy is not module.current()
+            for part in copy.modules()
+        }
+        base = adapter = 0
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and id(module) not in idle:
+                # Not the weight's size: 4-bit weights are stored in bytes.
+                size = module.in_features * module.out_features
+                trained = module.weight.requires_grad
+                base, adapter = base + size * (not trained), adapter + size * trained
+        for _, layer in lora_layers(model):
+            for name in layer.active_adapters:
+                adapter += layer.lora_A[name].numel() + layer.lora_B[name].numel()
         return cls(
-            # Not the weights' sizes: 4-bit weights are stored in bytes.
-            base=sum(module.in_features * module.out_features for module in linear),
-            adapter=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            base=base,
+            adapter=adapter,
             attention=config.num_hidden_layers * heads * width,
         )
 

@@ -46,6 +46,37 @@ def test_the_adapter_is_counted_three_times(tiny_llama):
     assert count.of_batch(ids)[1] - base.of_batch(ids)[1] == 6 * trainable * 7
 
 
+# Counted by hand: a block's projections are 64 x (64 + 32 + 32 + 64) and 3 x 64 x 96, in two
+# blocks; the head is 261 x 64; a rank of 4 on q_proj is 4 x (64 + 64), in two blocks.
+BLOCKS, HEAD, ADAPTER = 2 * (64 * 192 + 3 * 64 * 96), 261 * 64, 2 * 4 * (64 + 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "adapter"),
+    [
+        ({}, BLOCKS + HEAD, ADAPTER),
+        # 6 N of a trained head, which takes the frozen one's place.
+        ({"modules_to_save": ["lm_head"]}, BLOCKS, ADAPTER + HEAD),
+        # Looked up, or multiplied element by element: no product of matrices.
+        ({"modules_to_save": ["embed_tokens"]}, BLOCKS + HEAD, ADAPTER),
+        ({"modules_to_save": ["norm", "input_layernorm"]}, BLOCKS + HEAD, ADAPTER),
+        ({"use_dora": True}, BLOCKS + HEAD, ADAPTER),
+        ({"modules_to_save": ["mlp"]}, BLOCKS + HEAD - 2 * 3 * 64 * 96, ADAPTER + 2 * 3 * 64 * 96),
+    ],
+    ids=str,
+)
+def test_every_kind_of_trained_weight(changes, base, adapter, tiny_llama):
+    config = LoraConfig(r=4, target_modules=["q_proj"], **changes)
+    model = LoraLlamaForCausalLM.from_pretrained(tiny_llama, lora=config)
+    count = FlopCount.of(model)
+    assert (count.base, count.adapter) == (base, adapter)
+    # The copies of an adapter that is not active compute nothing.
+    model.add_adapter("other", LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["norm"]))
+    assert FlopCount.of(model) == count
+    model.set_adapter("other")
+    assert FlopCount.of(model) == FlopCount(BLOCKS + HEAD, 2 * ADAPTER, count.attention)
+
+
 def rows(*lengths: int) -> list[dict[str, Any]]:
     return [
         {"input_ids": torch.ones(n, dtype=torch.long), "labels": torch.ones(n)} for n in lengths
