@@ -4,7 +4,7 @@
     python -m bench.reliability [FILE]                              the table of an earlier run
 
 As a plugin it watches a run of the tests. A test belongs to every row whose pattern its name
-matches, and gives figures by the fixture `figure` (tests/reliability/conftest.py). A row is
+matches, and gives figures by the fixture `figure` (tests/conftest.py). A row is
 
     held       a test of it passed, none failed, and no figure is beyond its limit
     failed     otherwise, where one ran

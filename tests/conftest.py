@@ -1,6 +1,7 @@
 """Set-up for all tests: Triton's interpreter where there is no GPU, poisoned memory, no network."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,23 @@ def poisoned_memory(request: pytest.FixtureRequest):
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU through the interpreter."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture
+def figure(record_property) -> Callable[..., None]:
+    """figure(row, name, value, limit=None, combine="max"): a number for the table of reliability.
+
+    `row` is the fault class's number in bench/reliability.py. The values that several tests give
+    one name are combined by "max", "min" or "sum". A limit is the largest value that is allowed.
+    """
+
+    def record(
+        row: int, name: str, value: float, limit: float | None = None, combine: str = "max"
+    ) -> None:
+        content = {"row": row, "name": name, "value": float(value), "combine": combine}
+        record_property("figure", content if limit is None else {**content, "limit": limit})
+
+    return record
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Every operation behind one interface, in any size, layout and dtype; and figures that are kept.
 
-A test that takes `operation` runs once for each of them. `operation.draw(...)` gives a `Case`: the
+A test that takes `operation` runs once for each of them, and one that takes `dropped` once for each
+with dropout. `operation.draw(...)` gives a `Case`: the
 inputs and the gradients of the outputs, and `case.results(impl)` gives the outputs and the
 gradients of the inputs. Sizes are m (rows), n (outputs), k (features) and r (rank); each operation
 makes of them what it has.
@@ -48,7 +49,7 @@ class Case:
     """One call of an operation.
 
     Attributes:
-        labels: what is no floating-point number, by name.
+        labels: what is no input with a gradient, by name; dropout_p among them, where it drops.
         layouts: taken in turn by the inputs and the gradients of the outputs.
     """
 
@@ -225,10 +226,14 @@ def _loss(number: Normal, sizes: Sizes):
     )
 
 
+def _dropout(t: Inputs) -> float:
+    return t["dropout_p"].item() if "dropout_p" in t else 0.0
+
+
 def _call_linear(t: Inputs, impl: str) -> Tensor:
     return lk.lora_linear(
         t["x"], t["weight"], t["lora_a"], t["lora_b"], SCALING, t["bias"], impl=impl,
-        magnitude=t.get("magnitude"),
+        magnitude=t.get("magnitude"), dropout_p=_dropout(t),
     )  # fmt: skip
 
 
@@ -237,13 +242,13 @@ def _call_grouped(t: Inputs, impl: str) -> tuple[Tensor, ...]:
         (t["weight"], t["lora_a"], t["lora_b"], SCALING, t["bias"]),
         (t["weight2"], t["lora_a2"], t["lora_b2"], SECOND, None),
     ]
-    return lk.lora_linear_grouped(t["x"], projections, impl=impl)
+    return lk.lora_linear_grouped(t["x"], projections, impl=impl, dropout_p=_dropout(t))
 
 
 def _call_mixed(t: Inputs, impl: str) -> Tensor:
     return lk.lora_linear_mixed(
         t["x"], t["weight"], [t["lora_a"], t["lora_a2"]], [t["lora_b"], t["lora_b2"]],
-        [SCALING, SECOND], t["row_adapters"], t["bias"], impl=impl,
+        [SCALING, SECOND], t["row_adapters"], t["bias"], impl=impl, dropout_p=_dropout(t),
     )  # fmt: skip
 
 
@@ -280,25 +285,12 @@ OPERATIONS = (
     ),
     Operation("loss", _loss, _call_loss, ("hidden",), ("hidden",), integers=False),
 )  # fmt: skip
+# Those with dropout: `labels` may hold a dropout_p.
+DROPPED = tuple(one for one in OPERATIONS if "lora_a" in one.trained)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "operation" in metafunc.fixturenames:
-        metafunc.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-
-
-@pytest.fixture
-def figure(record_property) -> Callable[..., None]:
-    """figure(row, name, value, limit=None, combine="max"): a number for the table of reliability.
-
-    `row` is the fault class's number in bench/reliability.py. The values that several tests give
-    one name are combined by "max", "min" or "sum". A limit is the largest value that is allowed.
-    """
-
-    def record(
-        row: int, name: str, value: float, limit: float | None = None, combine: str = "max"
-    ) -> None:
-        content = {"row": row, "name": name, "value": float(value), "combine": combine}
-        record_property("figure", content if limit is None else {**content, "limit": limit})
-
-    return record
+    named = {"operation": OPERATIONS, "dropped": DROPPED}
+    for fixture, operations in named.items():
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, operations, ids=lambda operation: operation.name)
