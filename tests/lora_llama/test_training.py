@@ -616,7 +616,7 @@ def test_a_finished_training_resumes_to_nothing(length, options):
     changes, steps = LENGTHS[length]
     settings = options(
         save_steps=steps // 2 if steps % 2 == 0 else 5, val_set_size=3,
-        lr_scheduler_type="constant", **changes,
+        lr_scheduler_type="constant", warmup_steps=0, **changes,
     )  # fmt: skip
     _, first = finetune(settings)
     weights = adapter_of(settings.output_dir)
