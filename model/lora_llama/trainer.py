@@ -156,7 +156,9 @@ class LoraTrainer(CheckpointingTrainer):
         except OSError as error:
             failure = error
         if self._any_process(failure is not None):
-            raise failure or OSError("the adapter could not be saved: another process says why")
+            raise failure or OSError(
+                f"the adapter could not be saved in {self.args.output_dir}: another process says why"
+            )
 
     def _origin(self, loss: float) -> str:
         # Of a sharded model all processes look together, in `_stop_if`.
