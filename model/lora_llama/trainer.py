@@ -157,7 +157,7 @@ class LoraTrainer(CheckpointingTrainer):
             failure = error
         if self._any_process(failure is not None):
             raise failure or OSError(
-                f"the adapter could not be saved in {self.args.output_dir}: another process says why"
+                f"{self.args.output_dir}: the adapter could not be saved: another process says why"
             )
 
     def _origin(self, loss: float) -> str:
