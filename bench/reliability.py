@@ -37,6 +37,8 @@ class FaultClass:
         tests: searched for in a test's name, which is "tests/file.py::function[parameters]".
         marker: tests with this marker belong to the row as well.
         elsewhere: what shows it where the tests cannot.
+        counted: figures that are a number of tests of the row, passed of all: what they count, and
+            a pattern.
     """
 
     number: int
@@ -44,6 +46,7 @@ class FaultClass:
     tests: str
     marker: str = ""
     elsewhere: str = ""
+    counted: tuple[tuple[str, str], ...] = ()
 
 
 GPU = "python -m bench.verify_gpu, on a GPU"
@@ -53,15 +56,22 @@ FAULT_CLASSES = (
     FaultClass(2, "tests that cannot fail",
                r"test_the_bound_sees|mutants_are_killed", elsewhere="python -m bench.mutants"),
     FaultClass(3, "wrong backward formula",
-               r"gradcheck|requires_grad_pattern|needs_input_grad|what_is_required"),
-    FaultClass(4, "strides", r"layout|strides|expanded|memory_order|_rows_may_lie"),
+               r"gradcheck|requires_grad_pattern|needs_input_grad|what_is_required",
+               counted=(("gradchecks in float64", r"gradcheck"),
+                        ("patterns of requires_grad", r"pattern|needs_input|what_is_required"))),
+    FaultClass(4, "strides", r"layout|strides|expanded|memory_order|_rows_may_lie",
+               counted=(("cases", ""),)),
     FaultClass(5, "odd shapes, tails, ranks",
                r"any_shape|any_input|many_inputs|ranks|test_shapes|sizes_of"),
-    FaultClass(6, "empty batch", r"no_rows|empty_inputs|nothing_to_score|launched_for_(no|em)"),
+    FaultClass(6, "empty batch", r"no_rows|empty_inputs|nothing_to_score|launched_for_(no|em)",
+               counted=(("empty inputs, forward and backward", r"test_(no_rows|empty|nothing_to)"),
+                        ("without a launch", r"launched_for"))),
     FaultClass(7, "more than 2^31 elements", r"64_bit|int64|2_31|32_bit", elsewhere=GPU),
     FaultClass(8, "grid limit of 65,535", r"65_535|axis_0"),
     FaultClass(9, "uninitialised memory (kernel tests run poisoned)",
-               r"every_element_is_written|nothing_beyond|lies_outside", marker="kernel"),
+               r"every_element_is_written|nothing_beyond|lies_outside", marker="kernel",
+               counted=(("tests on poisoned memory", ""),
+                        ("guard bands intact", r"every_element|nothing_beyond|lies_outside"))),
     FaultClass(10, "NaN and infinity", r"_nan_|infinit|not_finite|non_finite"),
     FaultClass(11, "races, out of bounds", r"compute_sanitizer_finds", elsewhere=GPU),
     FaultClass(12, "nondeterminism",
@@ -82,8 +92,10 @@ FAULT_CLASSES = (
     FaultClass(23, "rotary embedding", r"tests/rope/|test_rotations"),
     FaultClass(24, "resuming", r"resum"),
     FaultClass(25, "a crash during a save", r"test_crashes|stops_half_way|checkpoint_store"),
-    FaultClass(26, "an adapter that loads as nothing", r"test_adapter_files"),
-    FaultClass(27, "wrong scaling", r"rank_and_scaling|rslora|wrong_target|scaled_delta"),
+    FaultClass(26, "an adapter that loads as nothing", r"test_adapter_files",
+               counted=(("faulty adapters refused by key", r"are_refused|missing|corrupt"),)),
+    FaultClass(27, "wrong scaling", r"rank_and_scaling|rslora|wrong_target|scaled_delta",
+               counted=(("cases", ""),)),
     FaultClass(28, "rounding in a merge", r"merg"),
     FaultClass(29, "malicious or corrupt files",
                r"tests/hostile/|checkpoint_files|loads_a_pickle"),
@@ -102,7 +114,10 @@ class Outcome:
 
 @dataclass
 class Row:
-    """One class of faults after a run. `figures` are {"value": ..., "limit": ...} by name."""
+    """One class of faults after a run.
+
+    `figures` are, by name, {"value": ...} and the "limit" of it, or the number "of" which it is.
+    """
 
     number: int
     name: str
@@ -134,11 +149,12 @@ class Recorder:
         return [self._row(fault) for fault in classes]
 
     def _row(self, fault: FaultClass) -> Row:
-        outcomes = [
-            outcome
+        named = {
+            name: outcome
             for name, outcome in self.outcomes.items()
             if re.search(fault.tests, name) or (fault.marker and fault.marker in outcome.markers)
-        ]
+        }
+        outcomes = named.values()
         counts = {
             status: sum(outcome.status == status for outcome in outcomes)
             for status in ("passed", "failed", "skipped")
@@ -150,6 +166,11 @@ class Recorder:
             for figure in outcome.figures
             if figure["row"] == fault.number
         )
+        for what, pattern in fault.counted:
+            of = [outcome for name, outcome in named.items() if re.search(pattern, name)]
+            if of:
+                passed = sum(outcome.status == "passed" for outcome in of)
+                figures[what] = {"value": passed, "of": len(of)}
         beyond = any(
             not figure["value"] <= figure["limit"]
             for figure in figures.values()
@@ -181,7 +202,7 @@ def combined(figures: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.2g}"
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e12 else f"{value:.2g}"
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -194,6 +215,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         figures = "; ".join(
             f"{name}: {number(figure['value'])}"
             + (f" (≤ {number(figure['limit'])})" if "limit" in figure else "")
+            + (f" of {figure['of']:,}" if "of" in figure else "")
             for name, figure in row["figures"].items()
         )
         if row["elsewhere"]:

@@ -1,11 +1,12 @@
 """Set-up for all tests: Triton's interpreter where there is no GPU, poisoned memory, no network."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 # Read when triton is first imported, so this comes before any test module is.
 if not torch.cuda.is_available():
@@ -85,6 +86,18 @@ def figure(record_property) -> Callable[..., None]:
         record_property("figure", content if limit is None else {**content, "limit": limit})
 
     return record
+
+
+@pytest.fixture
+def same_bits(figure) -> Callable[..., None]:
+    """same_bits(row, name, actual, expected): none of the tensors differs from its twin."""
+
+    def check(row: int, name: str, actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+        different = sum(not torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+        figure(row, name, different, 0.0, combine="sum")
+        assert not different, name
+
+    return check
 
 
 @pytest.fixture(scope="session")

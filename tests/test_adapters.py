@@ -207,7 +207,9 @@ def test_errors_on_a_merged_model_change_nothing(action: Callable, tmp_path: Pat
 
 @pytest.mark.parametrize("names", [None, "b", ["a", "c"], ["c", "b", "a"]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_merging_changes_the_weights_and_unmerging_restores_every_bit(names, dtype: torch.dtype):
+def test_merging_changes_the_weights_and_unmerging_restores_every_bit(
+    names, dtype: torch.dtype, same_bits
+):
     model = net().to(dtype)
     before = weights(model)
     wanted = ["a"] if names is None else [names] if isinstance(names, str) else names
@@ -218,6 +220,8 @@ def test_merging_changes_the_weights_and_unmerging_restores_every_bit(names, dty
         assert torch.equal(layer.weight, before[f"{path}.weight"]) == (chosen == [])
     adapters.unmerge_adapter(model)
     assert_same_weights(model, before)
+    name = "weights that differ after merge and unmerge"
+    same_bits(28, name, weights(model).values(), before.values())
 
 
 @pytest.mark.parametrize("names", ["b", ["a", "c"], ["c", "b", "a"]])

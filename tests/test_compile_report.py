@@ -41,7 +41,7 @@ def run_report(*arguments):
     # A minute each: of AMD's two the short tier has one.
     [pytest.param(a, marks=pytest.mark.long if a == "gfx950" else ()) for a in TARGETS],
 )
-def test_every_configuration_compiles(arch, tmp_path):
+def test_every_configuration_compiles(arch, tmp_path, figure):
     """The interpreter accepts code that the compiler refuses, so its tests alone prove nothing.
 
     About 130 kernels a target, without a GPU: 20 to 45 seconds on two cores with an empty Triton
@@ -58,6 +58,9 @@ def test_every_configuration_compiles(arch, tmp_path):
         assert result["registers"] > 0 and result["blocks"] > 0 and not result["error"]
         assert not result["spills"] and not result["stack"]
         assert result["matrix"] or not result["needs_matrix"]
+    figure(13, "kernels compiled", len(results), combine="sum")
+    figure(13, "architectures", 1, combine="sum")
+    figure(13, "registers spilled", sum(result["spills"] for result in results), 0.0)
     # On NVIDIA's the smallest tiles may take an older architecture's.
     tiles = "lora_linear split bf16 128" if arch.startswith("sm_") else "lora_linear split bf16"
     kinds = {

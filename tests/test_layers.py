@@ -18,6 +18,7 @@ from lora_kernels import LoraConfig, LoraLinear, inject_lora
 from lora_kernels import layers as layers_module
 from lora_kernels.injection import replace_modules
 from lora_kernels.layers import active_adapters, grouped_projection, lora_layers
+from lora_kernels.testing import MAX_RATIO, compare
 
 
 def config(**changes) -> LoraConfig:
@@ -386,6 +387,22 @@ def test_merging_adds_in_float32_and_rounds_once(dtype: torch.dtype, names):
     assert torch.equal(layer.weight, original) and layer.merged_adapters == []
     layer.unmerge()
     assert torch.equal(layer.weight, original)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_merged_in_low_precision_it_is_as_exact_as_unmerged(dtype: torch.dtype, figure):
+    """One rounding of the weight more: the ratio of errors has the limit that all others have."""
+    torch.manual_seed(0)
+    layer = LoraLinear(192, 96)
+    layer.add_adapter("a", config(r=8, lora_alpha=16))
+    layer.set_adapter("a")
+    layer, x = layer.to(dtype), torch.randn(64, 192).to(dtype)
+    oracle = copy.deepcopy(layer).double()(x.double())
+    unmerged = layer(x)
+    layer.merge()
+    found = compare(layer(x), unmerged, oracle)
+    figure(28, "error of merged over unmerged outputs", found.ratio, MAX_RATIO)
+    assert found.ratio <= MAX_RATIO
 
 
 def test_merged_output_equals_unmerged_output():

@@ -1,6 +1,7 @@
 """The table of reliability: which tests are in which row, and what is made of their outcomes."""
 
 import ast
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,9 @@ from bench.machine import ROOT
 from bench.reliability import FAULT_CLASSES, FaultClass, Recorder, combined, markdown
 
 ONLY_ON_GPUS = {11, 15}
+MACHINE = {
+    "name": "cpu", "device": "cpu", "packages": {"torch": "2"}, "commit": "abc", "date": "today",
+}  # fmt: skip
 
 
 def names_of_tests() -> list[str]:
@@ -89,6 +93,38 @@ def test_a_figure_beyond_its_limit_is_a_failure(value, status):
     assert row_of(report("wanted"), done).status == status
 
 
+def test_tests_of_a_kind_are_counted():
+    recorder = Recorder()
+    for name, outcome in (("wanted_a", "passed"), ("wanted_b", "passed"), ("wanted_b2", "failed"),
+                          ("other_b", "passed"), ("wanted_c", "skipped")):  # fmt: skip
+        recorder.pytest_runtest_logreport(report(name, outcome=outcome))
+    fault = FaultClass(1, "fault", "wanted", counted=(("cases", ""), ("bs", "b"), ("none", "z")))
+    (row,) = recorder.rows([fault])
+    assert row.figures == {"cases": {"value": 2, "of": 4}, "bs": {"value": 1, "of": 2}}
+    table = markdown({"rows": [dataclasses.asdict(row)], "tests": 4, "machine": MACHINE})
+    assert "| cases: 2 of 4; bs: 1 of 2 |" in table
+
+
+def test_what_is_counted_is_there():
+    names = names_of_tests()
+    for fault in FAULT_CLASSES:
+        own = [name for name in names if re.search(fault.tests, name)]
+        for what, pattern in fault.counted:
+            assert any(re.search(pattern, name) for name in own), (fault.name, what)
+
+
+def test_rows_have_figures():
+    """A row's tests record a number, or are counted."""
+    recorded = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text()
+        recorded |= {int(row) for row in re.findall(r"(?:figure|same_bits)\(\s*(\d+)", text)}
+        recorded |= {int(row) for row in re.findall(r'"row": (\d+)', text)}
+    counted = {fault.number for fault in FAULT_CLASSES if fault.counted}
+    rows = {fault.number for fault in FAULT_CLASSES}
+    assert rows - (recorded | counted) == ONLY_ON_GPUS
+
+
 def test_figures_of_one_name_are_combined():
     def figure(name, value, combine="max", **limit):
         return {"row": 1, "name": name, "value": value, "combine": combine, **limit}
@@ -130,7 +166,10 @@ def test_a_run_leaves_its_table(processes, tmp_path):
     rows = {row["number"]: row for row in content["rows"]}
     assert content["tests"] == 2
     assert rows[3]["status"] == "held" and rows[3]["passed"] == 2
-    assert rows[3]["figures"] == {"error": {"value": 1.5, "limit": 2.0}}
+    assert rows[3]["figures"] == {
+        "error": {"value": 1.5, "limit": 2.0},
+        "gradchecks in float64": {"value": 2, "of": 2},
+    }
     assert rows[7]["status"] == "not run" and rows[7]["skipped"] == 1
     assert markdown(content) in done.stdout
     assert "1 held, 0 failed, 29 not run. 2 tests ran on" in done.stdout
@@ -144,13 +183,11 @@ def test_the_table_of_an_earlier_run(tmp_path, capsys):
         "figures": {"offset": {"value": 3e10}, "ratio": {"value": 1.234, "limit": 2.0}},
         "elsewhere": "a GPU",
     }  # fmt: skip
-    machine = {"name": "cpu", "device": "cpu", "packages": {"torch": "2"}, "commit": "abc",
-               "date": "today"}  # fmt: skip
     file = tmp_path / "table.json"
-    file.write_text(json.dumps({"machine": machine, "tests": 1, "rows": [row]}))
+    file.write_text(json.dumps({"machine": MACHINE, "tests": 1, "rows": [row]}))
     assert reliability.main([str(file)]) == 0
     line = (
-        "| 7 | large | held | 1,234 passed, 2 skipped | offset: 3e+10; ratio: 1.2 (≤ 2); "
+        "| 7 | large | held | 1,234 passed, 2 skipped | offset: 30,000,000,000; ratio: 1.2 (≤ 2); "
         "not here: a GPU |"
     )
     assert line in capsys.readouterr().out

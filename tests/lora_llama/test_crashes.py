@@ -346,7 +346,9 @@ def test_a_training_that_is_stopped_goes_on(scenario, name, whole, operations, t
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_training_that_is_stopped_at_any_operation_goes_on(scenario, whole, operations, tmp_path):
+def test_a_training_that_is_stopped_at_any_operation_goes_on(
+    scenario, whole, operations, tmp_path, figure
+):
     survived = 0
     for stop_at, name in enumerate(operations[scenario]):
         try:
@@ -354,7 +356,8 @@ def test_a_training_that_is_stopped_at_any_operation_goes_on(scenario, whole, op
         except Exception as error:
             raise AssertionError(f"stopped at operation {stop_at}, {name}") from error
         survived += 1
-    print(f"{scenario}: resumable {survived}/{len(operations[scenario])}")
+    points = len(operations[scenario])
+    figure(25, f"crash points recovered, of {points}, {scenario}", survived)
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))

@@ -131,18 +131,21 @@ PARALLEL = [
 
 
 @pytest.mark.parametrize("case", [*PARALLEL, "every_part"])
-def test_gradients_are_those_of_one_process_on_the_whole_batch(case, measured):
+def test_gradients_are_those_of_one_process_on_the_whole_batch(case, measured, figure):
     for report in measured:
         found = report[case]
         # A and B of seven projections of two layers; or magnitudes, biases and the head as well.
         assert found["gradients"] == (57 if case == "every_part" else 28)
+        figure(20, "gradients of 2 processes against 1, relative", found["gradient_error"], SAME)
         assert found["gradient_error"] <= SAME
         assert found["loss_error"] <= SAME * 5
         assert found["weight_error"] <= SAME
 
 
 @pytest.mark.parametrize("case", [*PARALLEL, "every_part"])
-def test_ranks_agree_to_the_bit_after_several_steps(case, measured):
+def test_ranks_agree_to_the_bit_after_several_steps(case, measured, figure):
+    different = sum(not report[case]["ranks_equal"] for report in measured)
+    figure(20, "processes that differ after several steps", different, 0.0, combine="sum")
     assert all(report[case]["ranks_equal"] for report in measured)
 
 

@@ -539,7 +539,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_resumed_training_is_the_same_to_the_last_bit(
-    long_options, tmp_path, monkeypatch, on_cpu
+    long_options, tmp_path, monkeypatch, on_cpu, same_bits, figure
 ):
     trainer, expected = finetune(long_options(output_dir=str(tmp_path / "whole")))
     weights = capture_lora_weights(trainer.model)
@@ -572,6 +572,13 @@ def test_a_resumed_training_is_the_same_to_the_last_bit(
         assert moments.keys() == expected_moments.keys() and len(moments) == 28
         for index, state in expected_moments.items():
             assert_same_tensors(moments[index], state)
+        ours = capture_lora_weights(trainer.model)
+        name = "adapter weights that differ after resuming, 25 steps"
+        same_bits(24, name, ours.values(), weights.values())
+        losses = [loss for _, loss in result.train_losses]
+        expected_losses = [loss for _, loss in expected.train_losses]
+        difference = max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True))
+        figure(24, "largest difference of a loss after resuming", difference, 0.0)
 
 
 def test_resuming_where_an_epoch_ends(options, on_cpu):
