@@ -139,11 +139,10 @@ class FinetuneOptions:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         # Beyond these a float32 is zero or infinite before anything is learned.
-        for name, low, high in (
-            ("lora_alpha", 1e-6, 1e6), ("max_grad_norm", 1e-6, math.inf),
-            ("learning_rate", 1e-12, math.inf), ("num_train_epochs", 0, 1e6),
-        ):  # fmt: skip
-            check_range(name, getattr(self, name), low, high)
+        check_range("lora_alpha", self.lora_alpha, 1e-6, 1e6)
+        check_range("max_grad_norm", self.max_grad_norm, 1e-6, math.inf)
+        check_range("learning_rate", self.learning_rate, 1e-12, math.inf)
+        check_range("num_train_epochs", self.num_train_epochs, 0, 1e6)
         for name in ("val_set_size", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
