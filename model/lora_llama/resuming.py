@@ -7,6 +7,7 @@ checkpoint-N/
     trainer_state.json                               written after all others
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from lora_llama.checkpoint_files import one_line
 from lora_llama.checkpoint_store import finished_checkpoints, read_trainer_state
 from lora_llama.model import LoraLlamaForCausalLM
 from lora_llama.options import FinetuneOptions
+from lora_llama.state_checks import check_trainer_state
+
+# A checkpoint's own name, also while a new one is taking its place.
+_NAMED = re.compile(r"checkpoint-(\d{1,18})|\.checkpoint-(\d{1,18})\.old")
 
 # What a checkpoint's record says, in the words of an error.
 _MEANINGS = {
@@ -185,8 +190,8 @@ def read_state(checkpoint: str) -> TrainerState:
     file = Path(checkpoint) / TRAINER_STATE_NAME
     try:
         state = TrainerState(**read_trainer_state(Path(checkpoint)))
-        if not isinstance(state.global_step, int) or state.global_step < 1:
-            raise ValueError(f"global_step: expected at least 1, got {state.global_step!r}")
+        named = _NAMED.fullmatch(Path(checkpoint).resolve().name)
+        check_trainer_state(state, int(named[1] or named[2]) if named else None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"resume_from_checkpoint: {file}: {one_line(error)}") from error
     return state

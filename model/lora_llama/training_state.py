@@ -25,6 +25,7 @@ from transformers import set_seed
 
 from lora_kernels.sharding import sharded_like
 from lora_llama import state_files
+from lora_llama.state_checks import check_alike, check_optimizer, check_rng, is_number
 
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler"
@@ -34,8 +35,6 @@ TRAINING = "training"
 PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 # What restoring a state raises that is none.
 _NO_STATE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
-# State of these names has the parameter's shape, whichever optimizer it is.
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def rng_name(rank: int) -> str:
@@ -54,23 +53,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
     state = state_files.read(directory, OPTIMIZER)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
+        check_optimizer(state, optimizer)
         for index, entries in state["state"].items():
             for name, value in entries.items():
-                if isinstance(value, Tensor):
-                    where = f"state {index}: {name}"
-                    entries[name] = _like(parameters[index], name, value, where)
+                parameter = parameters[index]
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    entries[name] = sharded_like(value, parameter)
         optimizer.load_state_dict(state)
     except _NO_STATE as error:
         raise ValueError(f"{file}: no state of this optimizer: {error}") from error
-
-
-def _like(parameter: Tensor, name: str, value: Tensor, where: str) -> Tensor:
-    """The value as it was beside the parameter: sharded as it is, if it has its shape."""
-    if name in _MOMENTS and value.shape != parameter.shape:
-        raise ValueError(
-            f"{where}: expected shape {list(parameter.shape)}, got {list(value.shape)}"
-        )
-    return sharded_like(value, parameter) if value.shape == parameter.shape else value
 
 
 def load_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -83,6 +74,7 @@ def load_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, directory: 
     state = state_files.read(directory, SCHEDULER)
     wanted = list(getattr(scheduler, "base_lrs", []))
     try:
+        check_alike(state, scheduler.state_dict(), "state")
         scheduler.load_state_dict(state)
         saved = list(getattr(scheduler, "base_lrs", []))
         if saved != wanted and len(saved) == len(wanted):
@@ -112,8 +104,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Sets the generators to what `rng_state` returned; a GPU that it does not know keeps its own.
 
     Raises:
-        LookupError, TypeError, ValueError, RuntimeError, AttributeError: it is no such state.
+        ValueError: it is no such state; no generator has changed.
     """
+    check_rng(state, rng_state())
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
@@ -154,6 +147,8 @@ def load_rng(
         name = rng_name(saved)
         state = state_files.read(directory, name)
         try:
+            if not isinstance(state, dict) or not is_number(state.get("unlogged_loss")):
+                raise ValueError("unlogged_loss: expected a finite number")
             shares[saved] = float(state["unlogged_loss"])
             recent.append([float(loss) for loss in state["recent_losses"]])
             if saved == rank:

@@ -257,8 +257,8 @@ def make_training(directory: Path) -> None:
     trained.step()
     schedule = torch.optim.lr_scheduler.LambdaLR(trained, lambda step: 1.0)
     states = {
-        training_state.OPTIMIZER: {**trained.state_dict(), "note": PADDING},
-        training_state.SCHEDULER: {**schedule.state_dict(), "note": PADDING},
+        training_state.OPTIMIZER: trained.state_dict(),
+        training_state.SCHEDULER: schedule.state_dict(),
         training_state.rng_name(0): {
             **training_state.rng_state(),
             "unlogged_loss": 0.5,
@@ -268,8 +268,10 @@ def make_training(directory: Path) -> None:
     }
     for name, state in states.items():
         for suffix, content in state_files.to_files(state).items():
-            (directory / f"{name}{suffix}").write_bytes(content)
-    history = [{"step": step, "loss": 1.0, "epoch": 0.5} for step in range(100)]
+            # Behind its bracket, where no cut is without a fault.
+            wide = b"{" + b" " * 5000 if suffix == ".json" else content[:1]
+            (directory / f"{name}{suffix}").write_bytes(wide + content[1:])
+    history = [{"step": step % 3, "loss": 1.0, "epoch": 0.5} for step in range(100)]
     state = TrainerState(global_step=2, log_history=history)
     state.save_to_json(str(directory / "trainer_state.json"))
 

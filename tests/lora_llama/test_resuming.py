@@ -107,8 +107,11 @@ def test_a_file_that_is_not_all_there(name, fault, refused, checkpoint, monkeypa
     [
         (lambda state: [], "expected a JSON object, got list"),
         (lambda state: None, "expected a JSON object, got NoneType"),
-        (lambda state: {}, "global_step: expected at least 1, got 0"),
-        (lambda state: state | {"global_step": "2"}, "global_step: expected at least 1, got '2'"),
+        (lambda state: {}, "global_step: expected an integer of at least 1, got 0"),
+        (
+            lambda state: state | {"global_step": "2"},
+            "global_step: expected an integer of at least 1, got '2'",
+        ),
         (lambda state: state | {"something": "new"}, "unexpected keyword argument 'something'"),
     ],
 )
