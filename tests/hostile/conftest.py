@@ -119,6 +119,15 @@ class Watch:
             assert seconds <= MAX_SECONDS, f"{seconds:.2f} s"
             assert mib <= MAX_MIB, f"{mib:.0f} MiB"
 
+    def inside(self, read: Callable[[Path], Any], directory: Path) -> None:
+        """Reads, or fails to, and opens nothing outside."""
+        with events() as found:
+            try:
+                self.measured(lambda: read(directory))
+            finally:
+                outside = opened_outside(found, directory)
+                assert not outside, outside
+
     def refused(self, read: Callable[[Path], Any], directory: Path, file: Path, match: str) -> None:
         """Reads, in vain: one error that names the file (or its directory) and the fault."""
         with events() as found, pytest.raises(ERRORS) as caught:
