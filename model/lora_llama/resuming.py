@@ -8,7 +8,8 @@ checkpoint-N/
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from lora_kernels.adapter_files import adapter_directory, load_adapter
-from lora_kernels.adapter_state import check_fit, copy_adapter
+from lora_kernels.adapter_files import adapter_directory, load_adapter, read_adapter_outline
+from lora_kernels.adapter_state import check_fit, check_values, copy_adapter
 from lora_kernels.config import LoraConfig
 from lora_llama import state_files, training_state
 from lora_llama.batching import SupervisedDataset
@@ -82,7 +83,9 @@ def check_checkpoint(checkpoint: str, adapters: Mapping[str, LoraConfig]) -> Non
     """
     read_state(checkpoint)
     for name in adapters:
-        _read_adapter(adapter_directory(checkpoint, name))
+        with _naming_the_option():
+            # Its data are read when there is a model to compare their shapes with.
+            read_adapter_outline(adapter_directory(checkpoint, name))
     directory = Path(checkpoint)
     names = [training_state.OPTIMIZER, training_state.SCHEDULER]
     pickles = sorted(path.name for kind in training_state.PICKLES for path in directory.glob(kind))
@@ -139,9 +142,11 @@ def check_training(
         if saved.get(name) != value
     ]
     for name, config in adapters.items():
-        directory = adapter_directory(checkpoint, name)
-        faults += _adapter_differences(_read_adapter(directory)[0], config, name)
-    _raise_differences(Path(checkpoint), faults)
+        with _naming_the_option():
+            saved_config, _ = read_adapter_outline(adapter_directory(checkpoint, name))
+        faults += _adapter_differences(saved_config, config, name)
+    if faults:
+        raise ValueError(f"resume_from_checkpoint: {_of_another(checkpoint, faults)}")
 
 
 def _read_record(directory: Path) -> dict[str, Any]:
@@ -174,11 +179,8 @@ def _adapter_differences(saved: LoraConfig, config: LoraConfig, name: str) -> li
     ]
 
 
-def _raise_differences(checkpoint: Path, faults: list[str]) -> None:
-    if faults:
-        raise ValueError(
-            f"resume_from_checkpoint: {checkpoint} is of another training: {'; '.join(faults)}"
-        )
+def _of_another(checkpoint: str | Path, faults: Sequence[str]) -> str:
+    return f"{checkpoint} is of another training: {'; '.join(faults)}"
 
 
 def read_state(checkpoint: str) -> TrainerState:
@@ -197,10 +199,12 @@ def read_state(checkpoint: str) -> TrainerState:
     return state
 
 
-def _read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+@contextmanager
+def _naming_the_option() -> Iterator[None]:
+    """Names the option in an error of an adapter's files."""
     try:
-        return load_adapter(directory)
-    except (OSError, ValueError) as error:
+        yield
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"resume_from_checkpoint: {error}") from error
 
 
@@ -213,7 +217,20 @@ def load_checkpoint(model: LoraLlamaForCausalLM, checkpoint: str) -> None:
     """
     for name, config in model.lora_configs.items():
         directory = adapter_directory(checkpoint, name)
-        saved, tensors = _read_adapter(directory)
-        _raise_differences(Path(checkpoint), _adapter_differences(saved, config, name))
-        check_fit(model, config, tensors, f"resume_from_checkpoint: {directory}")
+
+        def check(
+            saved: LoraConfig,
+            outlines: Mapping[str, Tensor],
+            directory: Path = directory,
+            config: LoraConfig = config,
+            name: str = name,
+        ) -> None:
+            faults = _adapter_differences(saved, config, name)
+            if faults:
+                raise ValueError(_of_another(directory, faults))
+            check_fit(model, config, outlines, str(directory))
+
+        with _naming_the_option():
+            _, tensors = load_adapter(directory, check)
+            check_values(model, tensors, True, str(directory))
         copy_adapter(model, name, tensors)

@@ -36,7 +36,12 @@ from lora_kernels.injection import inject_lora
 from lora_kernels.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
 from lora_llama import LoraLlama, state_files, training_state
 from lora_llama.options import FinetuneOptions
-from lora_llama.resuming import check_checkpoint, check_training, find_checkpoint
+from lora_llama.resuming import (
+    check_checkpoint,
+    check_training,
+    find_checkpoint,
+    load_checkpoint,
+)
 
 MAX_SECONDS, MAX_MIB = 2.0, 200.0
 ERRORS = (ValueError, OSError, TypeError)
@@ -289,9 +294,11 @@ def read_training(directory: Path) -> None:
     """Everything that resuming reads, in its order."""
     options = FinetuneOptions(model="m", data="d", resume_from_checkpoint=str(directory))
     assert find_checkpoint(options) == str(directory)
-    adapters = {"default": LoraConfig(r=4, target_modules=["q", "v"])}
-    check_checkpoint(str(directory), adapters)
-    check_training(str(directory), adapters, RECORD)
+    config = LoraConfig(r=4, target_modules=["q", "v"])
+    check_checkpoint(str(directory), {"default": config})
+    check_training(str(directory), {"default": config}, RECORD)
+    model = nn.ModuleDict({"q": nn.Linear(96, 96), "v": nn.Linear(96, 96)})
+    load_checkpoint(inject_lora(model, config), str(directory))
     target = optimizer()
     with training_state.preserved_rng():
         training_state.load_optimizer(target, directory)

@@ -461,6 +461,11 @@ def test_data_are_not_read_before_the_header_is_checked(kinds, watch, copy, join
     write_base(directory, str(good["llama"]))
     with pytest.raises(ValueError, match=f"{directory}: target_modules: expected"):
         watch.measured(lambda: LoraLlama.from_pretrained(directory))
+    training = copy("training")
+    shutil.copy(directory / "adapter_config.json", training)
+    file.rename(training / file.name)
+    watch.refused(kinds["training"].read, training, training, "expected shape")
+    (training / file.name).rename(file)
     # Without a model the same file is a whole adapter, as far as its header goes.
     seen: list[int] = []
 
