@@ -64,7 +64,7 @@ JSON_FILES = [
     ("llama", "generation_config.json"), ("sharded", "model.safetensors.index.json"),
     ("training", "adapter_config.json"), ("training", "trainer_state.json"),
     ("training", "optimizer.json"), ("training", "scheduler.json"),
-    ("training", "rng_state_0.json"),
+    ("training", "rng_state_0.json"), ("training", "training.json"),
 ]  # fmt: skip
 
 
