@@ -251,6 +251,7 @@ class CheckpointingTrainer(Trainer):
             )  # fmt: skip
             logged = [line["step"] for line in self.state.log_history if "loss" in line]
             self._tr_loss += unlogged
+            self.loss_watch.steps.clear()
             self.loss_watch.steps.extend(recent)
             self._globalstep_last_logged = logged[-1] if logged else 0
 

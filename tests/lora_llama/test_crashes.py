@@ -296,7 +296,7 @@ def test_the_operations_are_counted(operations):
     for names in operations.values():
         kinds = {name.partition(" ")[0] for name in names}
         assert {"write", "fsync", "rename", "mkdir", "unlink", "rmdir"} <= kinds
-        assert len(names) > 80
+        assert len(names) > 100
         # On the disk before it has its name, and only then is the older one deleted.
         new = names.index("rename .checkpoint-4.new")
         assert names[new - 1] == "fsync" and names[new + 1] == "fsync"
@@ -426,6 +426,7 @@ MOMENTS = {
     "moment",
     [next(iter(MOMENTS)), *(pytest.param(m, marks=pytest.mark.long) for m in list(MOMENTS)[1:])],
 )
+@pytest.mark.slow
 def test_a_process_that_is_killed_goes_on(moment, whole, tmp_path):
     *where, step = MOMENTS[moment]
     options = dataclasses.replace(whole.options, output_dir=str(tmp_path / "output"))
