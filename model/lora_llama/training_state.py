@@ -150,7 +150,10 @@ def load_rng(
             if not isinstance(state, dict) or not is_number(state.get("unlogged_loss")):
                 raise ValueError("unlogged_loss: expected a finite number")
             shares[saved] = float(state["unlogged_loss"])
-            recent.append([float(loss) for loss in state["recent_losses"]])
+            losses = state.get("recent_losses")
+            if not isinstance(losses, list) or not all(map(is_number, losses)):
+                raise ValueError("recent_losses: expected a list of finite numbers")
+            recent.append([float(loss) for loss in losses])
             if saved == rank:
                 set_rng_state(state)
         except _NO_STATE as error:

@@ -111,6 +111,8 @@ RNG: list[tuple[Change, str]] = [
       for value in (625, -1, 10**9)),
     *((field(unlogged_loss=value), "unlogged_loss: expected a finite number")
       for value in (NAN, INFINITE, "x", None, True)),
+    *((field(recent_losses=value), "recent_losses: expected a list of finite numbers")
+      for value in ([NAN], ["x"], [None], 3, None)),
 ]  # fmt: skip
 
 
