@@ -28,8 +28,6 @@ from lora_kernels.field_checks import shown
 from lora_llama.checkpoint_files import (
     HUB_OPTIONS,
     MAX_TEXT_BYTES,
-    NO_CODE,
-    check_config,
     check_directory,
     check_shapes,
     find_file,
@@ -39,6 +37,7 @@ from lora_llama.checkpoint_files import (
     read_shapes,
     shapes_of,
 )
+from lora_llama.config_checks import NO_CODE, check_config
 
 if TYPE_CHECKING:
     from lora_llama.model import LoraLlamaForCausalLM
