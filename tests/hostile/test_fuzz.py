@@ -18,11 +18,11 @@ from safetensors import safe_open
 
 from lora_kernels.safetensors_header import read_header
 from lora_llama.checkpoint_files import (
-    check_config,
     find_weights,
     read_json_object,
     read_shapes,
 )
+from lora_llama.config_checks import check_config
 
 ERRORS = (ValueError, OSError, TypeError)
 # More values than a byte has, and what has broken readers before.
