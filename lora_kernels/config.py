@@ -279,9 +279,9 @@ _SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "inference
 _FIELDS = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
 
 
-def _check_alpha(name: str, value: object) -> None:
+def _check_alpha(name: str, value: Any) -> None:
     check_number(name, value)
-    if abs(value) > _MAX_ALPHA:  # type: ignore[arg-type]
+    if abs(value) > _MAX_ALPHA:
         raise wrong(ValueError, name, f"a number from -{_MAX_ALPHA} to {_MAX_ALPHA}", value)
 
 

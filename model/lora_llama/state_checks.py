@@ -38,8 +38,10 @@ def wrong(where: str, expected: str, value: object) -> ValueError:
 
 def is_number(value: object, least: float = -math.inf) -> bool:
     """Whether a value is an int or float, finite as a float, and not below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     largest = sys.float_info.max
-    return type(value) in (int, float) and max(least, -largest) <= value <= largest  # type: ignore[operator]
+    return max(least, -largest) <= value <= largest
 
 
 def is_count(value: object, least: int = 0, most: int = _MAX_COUNT) -> bool:

@@ -151,7 +151,6 @@ class LoraTrainer(CheckpointingTrainer):
         self.prove_weights()
         failure = None
         try:
-            # Trainer's own method, but that ours adds no pickle.
             self.save_model()
         except OSError as error:
             failure = error
