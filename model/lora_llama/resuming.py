@@ -41,8 +41,10 @@ _MEANINGS = {
         "per_device_train_batch_size x gradient_accumulation_steps x number of processes"
     ),
 }
-# What an adapter computes by, beside its tensors.
-_ADAPTER_OPTIONS = ("r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout")
+# What an adapter computes by, beside its tensors; PiSSA and OLoRA begin with another base.
+_ADAPTER_OPTIONS = (
+    "r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"
+)  # fmt: skip
 
 
 def find_checkpoint(options: FinetuneOptions) -> str | None:

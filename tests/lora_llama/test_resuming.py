@@ -131,6 +131,8 @@ def test_a_state_of_another_kind(change, message, refused, checkpoint, monkeypat
         ({"lora_alpha": 9}, "lora_alpha: expected 32, got 9"),
         ({"use_rslora": True}, "use_rslora: expected False, got True"),
         ({"lora_dropout": 0.3}, "lora_dropout: expected 0.0, got 0.3"),
+        # The weights below the adapter would be others.
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True, got pissa"),
         ({"seed": 7}, "seed: expected 42, got 7"),
         ({"per_device_train_batch_size": 2}, f"{BATCH}: expected 4, got 2"),
         ({"gradient_accumulation_steps": 2}, f"{BATCH}: expected 4, got 8"),
